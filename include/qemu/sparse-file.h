@@ -1,0 +1,162 @@
+/*
+ * Sparse files: where the holes are, and how to make them
+ *
+ * Memory that is a shared mapping of a file on tmpfs (memfd, /dev/shm) or
+ * hugetlbfs is allocated by *looking* at it: a read fault on a hole allocates
+ * a page, because a shared mapping has no zero page.  The functions here ask
+ * the file instead of the mapping, so that nothing gets allocated.
+ *
+ * They know nothing about guests or migration.  All offsets and lengths are
+ * in bytes, offsets count from the start of the file, and no function here
+ * reads or writes through a mapping.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef QEMU_SPARSE_FILE_H
+#define QEMU_SPARSE_FILE_H
+
+/**
+ * SparseRange: the bytes from @start up to, but without, @end
+ *
+ * The range is empty if @start == @end; the all-zero initializer is an empty
+ * range.  Half-open, unlike Range, because that is what lseek() and
+ * fallocate() work with and because an empty range has to be appendable.
+ */
+typedef struct SparseRange {
+    uint64_t start;
+    uint64_t end;
+} SparseRange;
+
+static inline uint64_t sparse_range_length(const SparseRange *range)
+{
+    return range->end - range->start;
+}
+
+static inline bool sparse_range_is_empty(const SparseRange *range)
+{
+    return range->start == range->end;
+}
+
+/**
+ * sparse_range_overlaps: whether two ranges have a byte in common
+ *
+ * An empty range overlaps nothing.
+ */
+bool sparse_range_overlaps(const SparseRange *a, const SparseRange *b);
+
+/**
+ * sparse_range_gather: make a range larger by a piece that touches it
+ *
+ * @range: what has been gathered so far, may be empty
+ * @start: first byte of the piece
+ * @length: length of the piece; 0 changes nothing
+ *
+ * The piece may be in front of, behind, or overlap @range; the result never
+ * covers a byte that was in neither of the two.
+ *
+ * Returns true if @range includes the piece now; false, with @range as it
+ * was, if there is a gap between the two or if the piece wraps around the end
+ * of the 64-bit space.
+ */
+bool sparse_range_gather(SparseRange *range, uint64_t start, uint64_t length);
+
+/**
+ * sparse_range_split: cut a range at the boundaries of larger units
+ *
+ * @range: the range to cut
+ * @unit: size of a unit, a power of two
+ * @head: set to the part in front of the first whole unit
+ * @body: set to the whole units
+ * @tail: set to the part behind the last whole unit
+ *
+ * The parts follow each other without a gap, together they are @range, and
+ * each may be empty.  A range that lies within one unit is all @head.
+ */
+void sparse_range_split(const SparseRange *range, uint64_t unit,
+                        SparseRange *head, SparseRange *body,
+                        SparseRange *tail);
+
+typedef enum SparseFileType {
+    /* Nothing is known about holes: another file system or host system */
+    SPARSE_FILE_UNKNOWN,
+    /* tmpfs: memfd, /dev/shm.  Extents can be told with page granularity. */
+    SPARSE_FILE_SHMEM,
+    /*
+     * hugetlbfs: lseek() says that the whole file is data, but a read() of a
+     * hole returns zeroes and allocates nothing.
+     */
+    SPARSE_FILE_HUGETLB,
+} SparseFileType;
+
+/**
+ * sparse_file_type: how, if at all, @fd can be asked about holes
+ *
+ * Files systems that write back to a disk, or to persistent memory, are
+ * SPARSE_FILE_UNKNOWN on purpose: what lseek() says there depends on what has
+ * been written back.
+ */
+SparseFileType sparse_file_type(int fd);
+
+/**
+ * sparse_file_next_data: find the first data in a part of a file
+ *
+ * @fd: a file of type SPARSE_FILE_SHMEM
+ * @within: the part to search
+ * @data: set to the first extent of data, cut off at the end of @within; set
+ *        to an empty range at the end of @within if all of it is a hole
+ *
+ * Pages that have been swapped out are data.  Everything between
+ * @within->start and @data->start was a hole, and read as zero, when the
+ * function was called.  The position of @fd, which nothing in QEMU uses for
+ * such files, changes.
+ *
+ * Returns 0, or a negative errno value if the kernel refuses to tell.
+ */
+int sparse_file_next_data(int fd, const SparseRange *within,
+                          SparseRange *data);
+
+/**
+ * sparse_file_is_zero: whether a part of a file reads as zero
+ *
+ * @fd: a readable file of any type but SPARSE_FILE_UNKNOWN
+ * @range: the part to look at; what is behind the end of the file is zero
+ *
+ * Reads the file and not the mapping: a hole stays a hole.
+ *
+ * Returns 1 if all bytes are zero, 0 if not, or a negative errno value.
+ */
+int sparse_file_is_zero(int fd, const SparseRange *range);
+
+/**
+ * sparse_file_punch: make a part of a file read as zero and free its pages
+ *
+ * @fd: a writable file
+ * @range: the part to punch; of a page that is only partly in @range, that
+ *         part is zeroed and the page stays allocated
+ *
+ * Returns 0, or a negative errno value, with which parts of @range may or may
+ * not have been zeroed: EPERM if the file is sealed against writing, EBADF if
+ * it is not open for writing, ENOSYS or EOPNOTSUPP if the file cannot have
+ * holes.
+ */
+int sparse_file_punch(int fd, const SparseRange *range);
+
+/**
+ * sparse_file_thp_size: the size of transparent huge pages @fd may consist of
+ *
+ * @fd: a file of type SPARSE_FILE_SHMEM
+ *
+ * Punching a part of a transparent huge page splits it.  Whether a particular
+ * page is huge cannot be asked cheaply; whether there can be one at all is
+ * decided by shmem_enabled in /sys/kernel/mm/transparent_hugepage for memfds
+ * and by the huge= mount option for files on a tmpfs that is mounted
+ * (Linux, Documentation/admin-guide/mm/transhuge.rst).
+ *
+ * This opens and reads a few small files: ask once and keep the answer.
+ *
+ * Returns the size in bytes, or 0 if the file has no huge pages.
+ */
+uint64_t sparse_file_thp_size(int fd);
+
+#endif /* QEMU_SPARSE_FILE_H */

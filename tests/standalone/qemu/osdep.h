@@ -1,0 +1,38 @@
+/*
+ * What util/sparse-file.c and its test use of QEMU, for building them without
+ * a QEMU tree (see meson.build at the top).  Never part of a QEMU build.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef STANDALONE_OSDEP_H
+#define STANDALONE_OSDEP_H
+
+#ifdef __linux__
+#define CONFIG_LINUX 1
+#endif
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <glib.h>
+
+#define ARRAY_SIZE(x) G_N_ELEMENTS(x)
+/* The C library has a macro for this as well, which may be more complete. */
+#undef RETRY_ON_EINTR
+#define RETRY_ON_EINTR(expr) TEMP_FAILURE_RETRY(expr)
+
+static inline size_t qemu_real_host_page_size(void)
+{
+    return sysconf(_SC_PAGESIZE);
+}
+
+#endif

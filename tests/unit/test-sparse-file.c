@@ -1,0 +1,425 @@
+/*
+ * Unit tests for sparse files
+ *
+ * What is said about memory is checked with the kernel: st_blocks for what is
+ * allocated, SEEK_DATA for where.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/host-utils.h"
+#include "qemu/sparse-file.h"
+#include "qemu/units.h"
+
+#define LAST UINT64_MAX
+/* More than 2^32 pages of 4 KiB */
+#define FAR (20 * TiB)
+
+typedef struct GatherCase {
+    const char *name;
+    SparseRange range;
+    uint64_t start;
+    uint64_t length;
+    bool gathered;
+    SparseRange expected;
+} GatherCase;
+
+static const GatherCase gather_cases[] = {
+    { "first", { 0, 0 }, 8192, 4096, true, { 8192, 12288 } },
+    { "first-at-zero", { 0, 0 }, 0, 4096, true, { 0, 4096 } },
+    { "first-elsewhere-empty", { 77, 77 }, 8192, 4096, true, { 8192, 12288 } },
+    { "nothing", { 4096, 8192 }, 65536, 0, true, { 4096, 8192 } },
+    { "nothing-to-nothing", { 0, 0 }, 65536, 0, true, { 0, 0 } },
+    { "behind", { 4096, 8192 }, 8192, 4096, true, { 4096, 12288 } },
+    { "in-front", { 4096, 8192 }, 0, 4096, true, { 0, 8192 } },
+    { "same", { 4096, 8192 }, 4096, 4096, true, { 4096, 8192 } },
+    { "inside", { 4096, 65536 }, 8192, 4096, true, { 4096, 65536 } },
+    { "around", { 8192, 12288 }, 4096, 65536, true, { 4096, 69632 } },
+    { "overlap-behind", { 4096, 12288 }, 8192, 8192, true, { 4096, 16384 } },
+    { "overlap-in-front", { 8192, 16384 }, 4096, 8192, true, { 4096, 16384 } },
+    { "gap-behind", { 4096, 8192 }, 8193, 4096, false, { 4096, 8192 } },
+    { "gap-in-front", { 8192, 12288 }, 0, 8191, false, { 8192, 12288 } },
+    { "out-of-order", { 65536, 69632 }, 0, 4096, false, { 65536, 69632 } },
+    { "far-behind", { 0, FAR }, FAR, 4096, true, { 0, FAR + 4096 } },
+    { "far", { FAR, FAR + 4096 }, 0, FAR, true, { 0, FAR + 4096 } },
+    { "to-the-end", { LAST - 8192, LAST - 4096 }, LAST - 4096, 4096, true,
+      { LAST - 8192, LAST } },
+    { "wraps", { LAST - 8192, LAST - 4096 }, LAST - 4096, 8192, false,
+      { LAST - 8192, LAST - 4096 } },
+    { "first-wraps", { 0, 0 }, LAST, 2, false, { 0, 0 } },
+};
+
+static void test_gather(gconstpointer data)
+{
+    const GatherCase *c = data;
+    SparseRange range = c->range;
+
+    g_assert_cmpint(sparse_range_gather(&range, c->start, c->length), ==,
+                    c->gathered);
+    g_assert_cmphex(range.start, ==, c->expected.start);
+    g_assert_cmphex(range.end, ==, c->expected.end);
+}
+
+static void test_overlaps(void)
+{
+    SparseRange empty = { 8192, 8192 };
+    SparseRange a = { 4096, 8192 };
+    SparseRange behind = { 8192, 12288 };
+    SparseRange around = { 0, LAST };
+    SparseRange byte = { 8191, 8192 };
+
+    g_assert_false(sparse_range_overlaps(&a, &behind));
+    g_assert_false(sparse_range_overlaps(&behind, &a));
+    g_assert_false(sparse_range_overlaps(&a, &empty));
+    g_assert_false(sparse_range_overlaps(&empty, &around));
+    g_assert_true(sparse_range_overlaps(&a, &a));
+    g_assert_true(sparse_range_overlaps(&a, &byte));
+    g_assert_true(sparse_range_overlaps(&byte, &a));
+    g_assert_true(sparse_range_overlaps(&around, &a));
+}
+
+typedef struct SplitCase {
+    const char *name;
+    SparseRange range;
+    uint64_t first;
+    uint64_t last;
+} SplitCase;
+
+/* With units of 2 MiB */
+static const SplitCase split_cases[] = {
+    { "empty", { 4096, 4096 }, 4096, 4096 },
+    { "within-one", { 4096, 8192 }, 8192, 8192 },
+    { "across-two", { 2 * MiB - 1, 2 * MiB + 1 }, 2 * MiB + 1, 2 * MiB + 1 },
+    { "one", { 2 * MiB, 4 * MiB }, 2 * MiB, 4 * MiB },
+    { "start-of-one", { 2 * MiB, 4 * MiB - 1 }, 4 * MiB - 1, 4 * MiB - 1 },
+    { "head", { 1 * MiB, 6 * MiB }, 2 * MiB, 6 * MiB },
+    { "tail", { 2 * MiB, 7 * MiB }, 2 * MiB, 6 * MiB },
+    { "both", { 1 * MiB, 9 * MiB }, 2 * MiB, 8 * MiB },
+    { "far", { FAR + 1, FAR + 5 * MiB }, FAR + 2 * MiB, FAR + 4 * MiB },
+    { "end-of-space", { LAST - 8191, LAST }, LAST, LAST },
+};
+
+static void test_split(gconstpointer data)
+{
+    const SplitCase *c = data;
+    SparseRange head, body, tail;
+
+    sparse_range_split(&c->range, 2 * MiB, &head, &body, &tail);
+
+    g_assert_cmphex(head.start, ==, c->range.start);
+    g_assert_cmphex(head.end, ==, body.start);
+    g_assert_cmphex(body.end, ==, tail.start);
+    g_assert_cmphex(tail.end, ==, c->range.end);
+    g_assert_cmphex(sparse_range_length(&body), ==, c->last - c->first);
+    if (c->last != c->first) {
+        g_assert_cmphex(body.start, ==, c->first);
+    }
+}
+
+#ifdef CONFIG_LINUX
+
+#include <linux/memfd.h>
+#include <sys/mman.h>
+
+#define PAGE ((uint64_t)qemu_real_host_page_size())
+
+static int memfd_new(uint64_t size, unsigned int flags)
+{
+    int fd = memfd_create("test-sparse-file", MFD_CLOEXEC | flags);
+
+    if (fd >= 0) {
+        g_assert_no_errno(ftruncate(fd, size));
+    }
+    return fd;
+}
+
+static void write_bytes(int fd, uint64_t offset, uint64_t length, int byte)
+{
+    g_autofree uint8_t *buf = g_malloc(length);
+
+    memset(buf, byte, length);
+    g_assert_cmpint(pwrite(fd, buf, length, offset), ==, length);
+}
+
+static void assert_bytes(int fd, uint64_t offset, uint64_t length, int byte)
+{
+    g_autofree uint8_t *buf = g_malloc(length);
+
+    g_assert_cmpint(pread(fd, buf, length, offset), ==, length);
+    for (uint64_t i = 0; i < length; i++) {
+        g_assert_cmpint(buf[i], ==, byte);
+    }
+}
+
+static uint64_t allocated(int fd)
+{
+    struct stat st;
+
+    g_assert_no_errno(fstat(fd, &st));
+    return st.st_blocks * 512;
+}
+
+static void assert_next_data(int fd, uint64_t from, uint64_t to,
+                             uint64_t start, uint64_t end)
+{
+    SparseRange within = { from, to };
+    SparseRange data;
+
+    g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+    g_assert_cmphex(data.start, ==, start);
+    g_assert_cmphex(data.end, ==, end);
+}
+
+static void test_type(void)
+{
+    int memfd = memfd_new(PAGE, 0);
+    int pipes[2];
+
+    g_assert_cmpint(sparse_file_type(memfd), ==, SPARSE_FILE_SHMEM);
+    g_assert_cmpint(sparse_file_type(-1), ==, SPARSE_FILE_UNKNOWN);
+    g_assert_no_errno(pipe(pipes));
+    g_assert_cmpint(sparse_file_type(pipes[0]), ==, SPARSE_FILE_UNKNOWN);
+    close(pipes[0]);
+    close(pipes[1]);
+    close(memfd);
+}
+
+static void test_next_data(void)
+{
+    uint64_t size = 64 * PAGE;
+    int fd = memfd_new(size, 0);
+
+    assert_next_data(fd, 0, size, size, size);
+    assert_next_data(fd, 0, 0, 0, 0);
+    assert_next_data(fd, PAGE, 2 * PAGE, 2 * PAGE, 2 * PAGE);
+
+    write_bytes(fd, 0, 1, 1);
+    write_bytes(fd, 8 * PAGE, 2 * PAGE, 1);
+    write_bytes(fd, size - 1, 1, 1);
+
+    assert_next_data(fd, 0, size, 0, PAGE);
+    assert_next_data(fd, PAGE, size, 8 * PAGE, 10 * PAGE);
+    assert_next_data(fd, PAGE, 9 * PAGE, 8 * PAGE, 9 * PAGE);
+    assert_next_data(fd, PAGE, 8 * PAGE, 8 * PAGE, 8 * PAGE);
+    assert_next_data(fd, 9 * PAGE, size, 9 * PAGE, 10 * PAGE);
+    assert_next_data(fd, 10 * PAGE, size, size - PAGE, size);
+
+    /* Looking has not allocated anything */
+    g_assert_cmpint(allocated(fd), ==, 4 * PAGE);
+    close(fd);
+}
+
+static void test_next_data_far(void)
+{
+    uint64_t size = FAR + 4 * PAGE;
+    int fd = memfd_new(size, 0);
+
+    assert_next_data(fd, 0, size, size, size);
+    write_bytes(fd, FAR, 1, 1);
+    assert_next_data(fd, 0, size, FAR, FAR + PAGE);
+    /* Behind the end of the file there is no data */
+    assert_next_data(fd, FAR + PAGE, 2 * FAR, 2 * FAR, 2 * FAR);
+    assert_next_data(fd, 2 * FAR, 3 * FAR, 3 * FAR, 3 * FAR);
+    close(fd);
+}
+
+static void test_next_data_refused(void)
+{
+    SparseRange within = { 0, PAGE };
+    SparseRange data;
+    int pipes[2];
+
+    g_assert_no_errno(pipe(pipes));
+    g_assert_cmpint(sparse_file_next_data(pipes[0], &within, &data), ==,
+                    -ESPIPE);
+    g_assert_cmpint(sparse_file_next_data(-1, &within, &data), ==, -EBADF);
+    close(pipes[0]);
+    close(pipes[1]);
+}
+
+static void test_is_zero(void)
+{
+    uint64_t size = 64 * PAGE;
+    int fd = memfd_new(size, 0);
+    SparseRange all = { 0, size };
+    SparseRange front = { 0, size - 1 };
+    SparseRange past = { 0, 2 * size };
+    SparseRange none = { PAGE, PAGE };
+
+    g_assert_cmpint(sparse_file_is_zero(fd, &all), ==, 1);
+    g_assert_cmpint(sparse_file_is_zero(fd, &past), ==, 1);
+    g_assert_cmpint(allocated(fd), ==, 0);
+
+    write_bytes(fd, size - 1, 1, 1);
+    g_assert_cmpint(sparse_file_is_zero(fd, &all), ==, 0);
+    g_assert_cmpint(sparse_file_is_zero(fd, &past), ==, 0);
+    g_assert_cmpint(sparse_file_is_zero(fd, &front), ==, 1);
+    g_assert_cmpint(sparse_file_is_zero(fd, &none), ==, 1);
+    g_assert_cmpint(allocated(fd), ==, PAGE);
+
+    g_assert_cmpint(sparse_file_is_zero(-1, &all), ==, -EBADF);
+    close(fd);
+}
+
+static void test_punch(void)
+{
+    uint64_t size = 16 * PAGE;
+    int fd = memfd_new(size, 0);
+    SparseRange two = { 4 * PAGE, 6 * PAGE };
+    SparseRange part = { 8 * PAGE + 1, 9 * PAGE - 1 };
+    SparseRange none = { PAGE, PAGE };
+    SparseRange all = { 0, size };
+
+    write_bytes(fd, 0, size, 0xff);
+    g_assert_cmpint(sparse_file_punch(fd, &none), ==, 0);
+    g_assert_cmpint(allocated(fd), ==, size);
+
+    g_assert_cmpint(sparse_file_punch(fd, &two), ==, 0);
+    g_assert_cmpint(allocated(fd), ==, size - 2 * PAGE);
+    assert_bytes(fd, 4 * PAGE, 2 * PAGE, 0);
+    assert_bytes(fd, 4 * PAGE - 1, 1, 0xff);
+    assert_bytes(fd, 6 * PAGE, 1, 0xff);
+
+    /* Part of a page is zeroed in place */
+    g_assert_cmpint(sparse_file_punch(fd, &part), ==, 0);
+    g_assert_cmpint(allocated(fd), ==, size - 2 * PAGE);
+    assert_bytes(fd, 8 * PAGE, 1, 0xff);
+    assert_bytes(fd, 8 * PAGE + 1, PAGE - 2, 0);
+    assert_bytes(fd, 9 * PAGE - 1, 1, 0xff);
+
+    g_assert_cmpint(sparse_file_punch(fd, &all), ==, 0);
+    g_assert_cmpint(allocated(fd), ==, 0);
+    close(fd);
+}
+
+static void test_punch_refused(void)
+{
+    int fd = memfd_new(PAGE, MFD_ALLOW_SEALING);
+    g_autofree char *path = g_strdup_printf("/proc/self/fd/%d", fd);
+    SparseRange all = { 0, PAGE };
+    int readonly;
+
+    write_bytes(fd, 0, PAGE, 0xff);
+    readonly = open(path, O_RDONLY | O_CLOEXEC);
+    g_assert_no_errno(readonly);
+    g_assert_cmpint(sparse_file_punch(readonly, &all), ==, -EBADF);
+
+    g_assert_no_errno(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE));
+    g_assert_cmpint(sparse_file_punch(fd, &all), ==, -EPERM);
+
+    assert_bytes(fd, 0, PAGE, 0xff);
+    close(readonly);
+    close(fd);
+}
+
+/* Reading the mapping is what allocates; if not, all this is not needed. */
+static void test_mapping_allocates(void)
+{
+    int fd = memfd_new(PAGE, 0);
+    uint8_t *map = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    g_assert_true(map != MAP_FAILED);
+    g_assert_cmpint(map[0], ==, 0);
+    g_assert_cmpint(allocated(fd), ==, PAGE);
+    munmap(map, PAGE);
+    close(fd);
+}
+
+static void test_thp_size(void)
+{
+    int fd = memfd_new(PAGE, 0);
+    uint64_t size = sparse_file_thp_size(fd);
+    g_autofree char *enabled = NULL;
+
+    if (!g_file_get_contents("/sys/kernel/mm/transparent_hugepage/"
+                             "shmem_enabled", &enabled, NULL, NULL)) {
+        g_assert_cmpint(size, ==, 0);
+    } else if (strstr(enabled, "[deny]")) {
+        g_assert_cmpint(size, ==, 0);
+    } else if (!strstr(enabled, "[never]")) {
+        g_assert_cmpint(size, >, PAGE);
+        g_assert_true(is_power_of_2(size));
+    } else {
+        /* Unless switched on for this size alone */
+        g_assert_true(size == 0 || is_power_of_2(size));
+    }
+    close(fd);
+}
+
+#define HUGE (2 * MiB)
+
+static void test_hugetlb(void)
+{
+    int fd = memfd_new(2 * HUGE, MFD_HUGETLB | MFD_HUGE_2MB);
+    SparseRange all = { 0, 2 * HUGE };
+    SparseRange second = { HUGE, 2 * HUGE };
+    uint8_t *map;
+
+    if (fd < 0) {
+        g_autofree char *why = g_strdup_printf("no hugetlb memfd: %s",
+                                               strerror(errno));
+        g_test_skip(why);
+        return;
+    }
+    g_assert_cmpint(sparse_file_type(fd), ==, SPARSE_FILE_HUGETLB);
+
+    map = mmap(NULL, 2 * HUGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) {
+        g_test_skip("fewer than two free huge pages of 2 MiB"
+                    " (vm.nr_hugepages)");
+        close(fd);
+        return;
+    }
+    g_assert_cmpint(sparse_file_is_zero(fd, &all), ==, 1);
+    g_assert_cmpint(allocated(fd), ==, 0);
+
+    map[12345] = 1;
+    g_assert_cmpint(sparse_file_is_zero(fd, &all), ==, 0);
+    g_assert_cmpint(sparse_file_is_zero(fd, &second), ==, 1);
+    g_assert_cmpint(allocated(fd), ==, HUGE);
+    munmap(map, 2 * HUGE);
+    close(fd);
+}
+
+static void add_file_tests(void)
+{
+    g_test_add_func("/sparse-file/type", test_type);
+    g_test_add_func("/sparse-file/next-data", test_next_data);
+    g_test_add_func("/sparse-file/next-data/far", test_next_data_far);
+    g_test_add_func("/sparse-file/next-data/refused", test_next_data_refused);
+    g_test_add_func("/sparse-file/is-zero", test_is_zero);
+    g_test_add_func("/sparse-file/punch", test_punch);
+    g_test_add_func("/sparse-file/punch/refused", test_punch_refused);
+    g_test_add_func("/sparse-file/mapping-allocates", test_mapping_allocates);
+    g_test_add_func("/sparse-file/thp-size", test_thp_size);
+    g_test_add_func("/sparse-file/hugetlb", test_hugetlb);
+}
+
+#else /* !CONFIG_LINUX */
+
+static void add_file_tests(void)
+{
+}
+
+#endif
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+
+    for (int i = 0; i < ARRAY_SIZE(gather_cases); i++) {
+        g_autofree char *path = g_strdup_printf("/sparse-range/gather/%s",
+                                                gather_cases[i].name);
+        g_test_add_data_func(path, &gather_cases[i], test_gather);
+    }
+    for (int i = 0; i < ARRAY_SIZE(split_cases); i++) {
+        g_autofree char *path = g_strdup_printf("/sparse-range/split/%s",
+                                                split_cases[i].name);
+        g_test_add_data_func(path, &split_cases[i], test_split);
+    }
+    g_test_add_func("/sparse-range/overlaps", test_overlaps);
+    add_file_tests();
+
+    return g_test_run();
+}

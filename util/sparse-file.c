@@ -1,0 +1,277 @@
+/*
+ * Sparse files: where the holes are, and how to make them
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/cutils.h"
+#include "qemu/host-utils.h"
+#include "qemu/sparse-file.h"
+#include "qemu/units.h"
+
+#ifdef CONFIG_LINUX
+#include <sys/sysmacros.h>
+#include <sys/vfs.h>
+#include <linux/falloc.h>
+#include <linux/magic.h>
+#endif
+
+bool sparse_range_overlaps(const SparseRange *a, const SparseRange *b)
+{
+    return MAX(a->start, b->start) < MIN(a->end, b->end);
+}
+
+bool sparse_range_gather(SparseRange *range, uint64_t start, uint64_t length)
+{
+    uint64_t end = start + length;
+
+    if (!length) {
+        return true;
+    }
+    if (end < start) {
+        return false;
+    }
+    if (sparse_range_is_empty(range)) {
+        *range = (SparseRange) { .start = start, .end = end };
+        return true;
+    }
+    if (start > range->end || end < range->start) {
+        return false;
+    }
+    range->start = MIN(range->start, start);
+    range->end = MAX(range->end, end);
+    return true;
+}
+
+void sparse_range_split(const SparseRange *range, uint64_t unit,
+                        SparseRange *head, SparseRange *body,
+                        SparseRange *tail)
+{
+    uint64_t mask = unit - 1;
+    uint64_t last = range->end & ~mask;
+    uint64_t first = range->start & ~mask;
+
+    assert(is_power_of_2(unit));
+
+    if (first != range->start) {
+        first += unit;
+    }
+    /* first is 0 if rounding up went past the end of the 64-bit space */
+    if (first < range->start || first >= last) {
+        first = last = range->end;
+    }
+
+    *head = (SparseRange) { .start = range->start, .end = first };
+    *body = (SparseRange) { .start = first, .end = last };
+    *tail = (SparseRange) { .start = last, .end = range->end };
+}
+
+#ifdef CONFIG_LINUX
+
+#define SYSFS_THP "/sys/kernel/mm/transparent_hugepage/"
+
+SparseFileType sparse_file_type(int fd)
+{
+    struct statfs fs;
+
+    if (RETRY_ON_EINTR(fstatfs(fd, &fs)) < 0) {
+        return SPARSE_FILE_UNKNOWN;
+    }
+    switch ((uint32_t)fs.f_type) {
+    case TMPFS_MAGIC:
+        return SPARSE_FILE_SHMEM;
+    case HUGETLBFS_MAGIC:
+        return SPARSE_FILE_HUGETLB;
+    default:
+        return SPARSE_FILE_UNKNOWN;
+    }
+}
+
+int sparse_file_next_data(int fd, const SparseRange *within,
+                          SparseRange *data)
+{
+    off_t start, end;
+
+    *data = (SparseRange) { .start = within->end, .end = within->end };
+    if (sparse_range_is_empty(within)) {
+        return 0;
+    }
+
+    start = lseek(fd, within->start, SEEK_DATA);
+    if (start < 0) {
+        /* ENXIO: no data from here to the end of the file */
+        return errno == ENXIO ? 0 : -errno;
+    }
+    if (start >= within->end) {
+        return 0;
+    }
+
+    end = lseek(fd, start, SEEK_HOLE);
+    if (end < 0) {
+        /*
+         * ENXIO: the file lost this data, or its end, since the first call.
+         * That is another way to say that there is a hole.
+         */
+        return errno == ENXIO ? 0 : -errno;
+    }
+    data->start = start;
+    data->end = MIN(end, within->end);
+    return 0;
+}
+
+int sparse_file_is_zero(int fd, const SparseRange *range)
+{
+    uint8_t buf[16 * KiB];
+    uint64_t offset = range->start;
+
+    while (offset < range->end) {
+        size_t size = MIN(sizeof(buf), range->end - offset);
+        ssize_t len = RETRY_ON_EINTR(pread(fd, buf, size, offset));
+
+        if (len < 0) {
+            return -errno;
+        }
+        if (len == 0) {
+            break;
+        }
+        if (!buffer_is_zero(buf, len)) {
+            return 0;
+        }
+        offset += len;
+    }
+    return 1;
+}
+
+int sparse_file_punch(int fd, const SparseRange *range)
+{
+    if (sparse_range_is_empty(range)) {
+        return 0;
+    }
+    if (RETRY_ON_EINTR(fallocate(fd, FALLOC_FL_PUNCH_HOLE |
+                                 FALLOC_FL_KEEP_SIZE, range->start,
+                                 sparse_range_length(range))) < 0) {
+        return -errno;
+    }
+    return 0;
+}
+
+/*
+ * The chosen word of a sysfs file like "always [madvise] never", or the whole
+ * line of a file with a single value.  NULL if there is no such file.
+ */
+static char *sysfs_choice(const char *path)
+{
+    g_autofree char *text = NULL;
+    char *open, *close;
+
+    if (!g_file_get_contents(path, &text, NULL, NULL)) {
+        return NULL;
+    }
+    open = strchr(text, '[');
+    close = open ? strchr(open, ']') : NULL;
+    if (close) {
+        return g_strndup(open + 1, close - open - 1);
+    }
+    return g_strdup(g_strstrip(text));
+}
+
+/*
+ * The value of huge= of the mounted tmpfs with device number @dev; "never" if
+ * it has no such option, and NULL if nothing with that number is mounted: then
+ * it is the kernel's own mount, on which memfds are.
+ */
+static char *tmpfs_huge_option(dev_t dev)
+{
+    g_autofree char *text = NULL;
+    g_autofree char *number = g_strdup_printf("%u:%u", major(dev), minor(dev));
+    g_auto(GStrv) lines = NULL;
+
+    if (!g_file_get_contents("/proc/self/mountinfo", &text, NULL, NULL)) {
+        return NULL;
+    }
+    lines = g_strsplit(text, "\n", -1);
+
+    for (int i = 0; lines[i]; i++) {
+        g_auto(GStrv) fields = g_strsplit(lines[i], " ", -1);
+        const char *options;
+
+        if (g_strv_length(fields) < 3 || !g_str_equal(fields[2], number)) {
+            continue;
+        }
+        /* The options of the file system are the last field (proc(5)). */
+        options = strrchr(lines[i], ' ');
+        options = strstr(options, "huge=");
+        if (!options) {
+            return g_strdup("never");
+        }
+        options += strlen("huge=");
+        return g_strndup(options, strcspn(options, ","));
+    }
+    return NULL;
+}
+
+/* Whether a word from sysfs or from the mount options allows huge pages */
+static bool huge_allowed(const char *word)
+{
+    return word && !g_str_equal(word, "never") && !g_str_equal(word, "deny") &&
+           !g_str_equal(word, "inherit");
+}
+
+uint64_t sparse_file_thp_size(int fd)
+{
+    g_autofree char *size = sysfs_choice(SYSFS_THP "hpage_pmd_size");
+    g_autofree char *global = sysfs_choice(SYSFS_THP "shmem_enabled");
+    g_autofree char *path = NULL;
+    g_autofree char *of_size = NULL;
+    g_autofree char *mount = NULL;
+    uint64_t bytes = size ? g_ascii_strtoull(size, NULL, 10) : 0;
+    struct stat st;
+
+    if (!is_power_of_2(bytes) || !global || g_str_equal(global, "deny") ||
+        fstat(fd, &st) < 0) {
+        return 0;
+    }
+    if (g_str_equal(global, "force")) {
+        return bytes;
+    }
+    mount = tmpfs_huge_option(st.st_dev);
+    if (mount) {
+        return huge_allowed(mount) ? bytes : 0;
+    }
+    /* Since Linux 6.11 each size can be switched on by itself */
+    path = g_strdup_printf(SYSFS_THP "hugepages-%" PRIu64 "kB/shmem_enabled",
+                           (uint64_t)(bytes / KiB));
+    of_size = sysfs_choice(path);
+    return huge_allowed(global) || huge_allowed(of_size) ? bytes : 0;
+}
+
+#else /* !CONFIG_LINUX */
+
+SparseFileType sparse_file_type(int fd)
+{
+    return SPARSE_FILE_UNKNOWN;
+}
+
+int sparse_file_next_data(int fd, const SparseRange *within,
+                          SparseRange *data)
+{
+    return -ENOSYS;
+}
+
+int sparse_file_is_zero(int fd, const SparseRange *range)
+{
+    return -ENOSYS;
+}
+
+int sparse_file_punch(int fd, const SparseRange *range)
+{
+    return -ENOSYS;
+}
+
+uint64_t sparse_file_thp_size(int fd)
+{
+    return 0;
+}
+
+#endif /* CONFIG_LINUX */
