@@ -1,0 +1,231 @@
+/*
+ * Holes in guest RAM: zero pages on the destination
+ *
+ * What arrives as zero is left alone where the kernel says that there is a
+ * hole.  That it arrives for the first time proves nothing: the backend may be
+ * a file with data of an earlier guest in it.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "exec/memory.h"
+#include "exec/target_page.h"
+#include "qemu/cutils.h"
+#include "qemu/madvise.h"
+#include "ram-holes.h"
+#include "trace.h"
+
+#define ACTION_HOLE     "hole"
+#define ACTION_PUNCHED  "punched"
+#define ACTION_CLEARED  "cleared"
+
+void ram_clear_memory(void *host, uint64_t length)
+{
+    size_t page_size = qemu_target_page_size();
+
+    /* By page, so that one byte of data does not write to all of it */
+    for (uint64_t done = 0; done < length; done += page_size) {
+        size_t size = MIN(page_size, length - done);
+
+        if (!buffer_is_zero(host + done, size)) {
+            memset(host + done, 0, size);
+        }
+    }
+}
+
+/* The functions below work on a @range of the file that is behind the block. */
+
+static void *range_host(const RAMBlock *rb, const SparseRange *range)
+{
+    return rb->host + (range->start - rb->fd_offset);
+}
+
+static void trace_zero(RAMBlock *rb, const SparseRange *range,
+                       const char *action)
+{
+    if (!sparse_range_is_empty(range)) {
+        trace_ram_handle_zero_range(rb->idstr, range->start - rb->fd_offset,
+                                    sparse_range_length(range), action);
+    }
+}
+
+static void zero_clear(RAMBlock *rb, const SparseRange *range)
+{
+    trace_zero(rb, range, ACTION_CLEARED);
+    ram_clear_memory(range_host(rb, range), sparse_range_length(range));
+}
+
+static void zero_punch(RAMBlock *rb, const SparseRange *range)
+{
+    int ret;
+
+    if (sparse_range_is_empty(range)) {
+        return;
+    }
+    ret = sparse_file_punch(rb->fd, range);
+    if (ret < 0) {
+        ram_block_holes_failed(rb, RAM_HOLES_PUNCH, ret);
+        zero_clear(rb, range);
+        return;
+    }
+    trace_zero(rb, range, ACTION_PUNCHED);
+}
+
+/*
+ * Zero data that is only a part of what may be a transparent huge page.  If
+ * all around it is populated as well, it probably is one, and that is worth
+ * more than the few pages that splitting it would free.
+ */
+static void zero_huge_part(RAMBlock *rb, const SparseRange *part)
+{
+    uint64_t thp_size = rb->holes->thp_size;
+    SparseRange huge, data;
+    int ret;
+
+    if (sparse_range_is_empty(part)) {
+        return;
+    }
+    huge.start = QEMU_ALIGN_DOWN(part->start, thp_size);
+    huge.end = huge.start + thp_size;
+
+    ret = sparse_file_next_data(rb->fd, &huge, &data);
+    if (ret < 0) {
+        ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+        zero_clear(rb, part);
+    } else if (sparse_range_length(&data) == thp_size) {
+        zero_clear(rb, part);
+    } else {
+        zero_punch(rb, part);
+    }
+}
+
+static void zero_data(RAMBlock *rb, const SparseRange *data)
+{
+    SparseRange head, body, tail;
+
+    if (!ram_block_may_punch(rb)) {
+        zero_clear(rb, data);
+    } else if (!rb->holes->thp_size) {
+        zero_punch(rb, data);
+    } else {
+        sparse_range_split(data, rb->holes->thp_size, &head, &body, &tail);
+        zero_huge_part(rb, &head);
+        zero_punch(rb, &body);
+        zero_huge_part(rb, &tail);
+    }
+}
+
+static void zero_shmem(RAMBlock *rb, SparseRange todo)
+{
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange data, hole = todo;
+        int ret = sparse_file_next_data(rb->fd, &todo, &data);
+
+        if (ret < 0) {
+            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+            zero_clear(rb, &todo);
+            return;
+        }
+        hole.end = data.start;
+        trace_zero(rb, &hole, ACTION_HOLE);
+        if (!sparse_range_is_empty(&data)) {
+            zero_data(rb, &data);
+        }
+        todo.start = data.end;
+    }
+}
+
+/*
+ * What is not zero belongs to a huge page that is allocated already, so that
+ * writing to that page allocates nothing.
+ */
+static void zero_hugetlb(RAMBlock *rb, SparseRange todo)
+{
+    size_t page_size = qemu_target_page_size();
+    SparseRange hole = { .start = todo.start, .end = todo.start };
+
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange page = todo;
+        int ret;
+
+        page.end = MIN(todo.end, todo.start + page_size);
+        ret = sparse_file_is_zero(rb->fd, &page);
+        if (ret < 0) {
+            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+            zero_clear(rb, &todo);
+            return;
+        }
+        if (ret) {
+            hole.end = page.end;
+        } else {
+            trace_zero(rb, &hole, ACTION_HOLE);
+            zero_clear(rb, &page);
+            hole.start = hole.end = page.end;
+        }
+        todo.start = page.end;
+    }
+    trace_zero(rb, &hole, ACTION_HOLE);
+}
+
+/*
+ * Without a file nobody can tell where the holes are, but freeing what is a
+ * hole already is cheap.  MADV_DONTNEED would only unmap the pages.
+ */
+static void zero_shared_anonymous(RAMBlock *rb, const SparseRange *range)
+{
+    SparseRange head, body, tail;
+
+    sparse_range_split(range, qemu_real_host_page_size(), &head, &body, &tail);
+    if (!sparse_range_is_empty(&body) &&
+        qemu_madvise(range_host(rb, &body), sparse_range_length(&body),
+                     QEMU_MADV_REMOVE) < 0) {
+        ram_block_holes_failed(rb, RAM_HOLES_PUNCH, -errno);
+        zero_clear(rb, range);
+        return;
+    }
+    trace_zero(rb, &body, ACTION_PUNCHED);
+    zero_clear(rb, &head);
+    zero_clear(rb, &tail);
+}
+
+void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    SparseRange range = {
+        .start = rb->fd_offset + offset,
+        .end = rb->fd_offset + offset + length,
+    };
+
+    if (ram_block_holes_known(rb)) {
+        if (rb->holes->type == SPARSE_FILE_HUGETLB) {
+            zero_hugetlb(rb, range);
+        } else {
+            zero_shmem(rb, range);
+        }
+    } else if (rb->holes && rb->holes->shared_anonymous &&
+               ram_block_may_punch(rb)) {
+        zero_shared_anonymous(rb, &range);
+    } else {
+        zero_clear(rb, &range);
+    }
+}
+
+void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
+                      uint64_t length)
+{
+    if (rb == run->rb && sparse_range_gather(&run->range, offset, length)) {
+        return;
+    }
+    ram_zero_run_flush(run);
+    run->rb = rb;
+    run->range = (SparseRange) { .start = offset, .end = offset + length };
+}
+
+void ram_zero_run_flush(RAMZeroRun *run)
+{
+    if (!sparse_range_is_empty(&run->range)) {
+        ram_handle_zero(run->rb, run->range.start,
+                        sparse_range_length(&run->range));
+        run->range = (SparseRange) { };
+    }
+}
