@@ -1,0 +1,575 @@
+/*
+ * Unit tests for zero pages and holes in guest RAM
+ *
+ * Runs migration/ram-holes*.c on a RAMBlock of its own, with stubs in place of
+ * the machine, so that decisions can be tested for what is not at hand: memory
+ * pinned by a device, RDMA, seals, read-only files.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <linux/memfd.h>
+#include <sys/mman.h>
+#include "exec/memory.h"
+#include "exec/ramlist.h"
+#include "exec/target_page.h"
+#include "migration/misc.h"
+#include "qapi/qapi-types-migration.h"
+#include "qemu/error-report.h"
+#include "qemu/units.h"
+#include "system/system.h"
+#include "../../migration/options.h"
+#include "../../migration/ram-holes.h"
+
+#define TARGET_PAGE (4 * KiB)
+#define HUGE_PAGE (2 * MiB)
+#define BLOCK_SIZE (64 * TARGET_PAGE)
+#define DATA 0xa5
+
+/* The machine */
+
+static struct {
+    bool ram_holes;
+    bool rdma;
+    bool discard_disabled;
+} machine;
+
+RAMList ram_list;
+MlockState mlock_state;
+const TargetPageBits target_page = {
+    .decided = true,
+    .bits = 12,
+    .mask = (int)-TARGET_PAGE,
+};
+
+bool migrate_ram_holes(void)
+{
+    return machine.ram_holes;
+}
+
+bool migrate_rdma(void)
+{
+    return machine.rdma;
+}
+
+bool migrate_ram_is_ignored(RAMBlock *rb)
+{
+    return false;
+}
+
+bool ram_block_discard_is_disabled(void)
+{
+    return machine.discard_disabled;
+}
+
+bool should_mlock(MlockState state)
+{
+    return state != MLOCK_OFF;
+}
+
+bool is_mlock_on_fault(MlockState state)
+{
+    return state == MLOCK_ON_FAULT;
+}
+
+Object *memory_region_owner(MemoryRegion *mr)
+{
+    return NULL;
+}
+
+/* The block */
+
+typedef struct TestBlock {
+    RAMBlock rb;
+    RAMBlockHoles holes;
+} TestBlock;
+
+static void test_block_init_mapped(TestBlock *block, int fd,
+                                   uint64_t fd_offset, uint64_t size,
+                                   int map_flags, uint32_t flags)
+{
+    void *host = mmap(NULL, size, PROT_READ | PROT_WRITE, map_flags, fd,
+                      fd_offset);
+
+    g_assert_true(host != MAP_FAILED);
+    *block = (TestBlock) {
+        .rb = {
+            .host = host,
+            .used_length = size,
+            .max_length = size,
+            .flags = flags,
+            .idstr = "test",
+            .fd = fd,
+            .fd_offset = fd_offset,
+            .page_size = qemu_real_host_page_size(),
+        },
+    };
+    ram_block_holes_init(&block->holes, &block->rb);
+    block->rb.holes = &block->holes;
+}
+
+static int memfd_new(uint64_t size)
+{
+    int fd = memfd_create("test-ram-holes", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+    g_assert_no_errno(fd);
+    g_assert_no_errno(ftruncate(fd, size));
+    return fd;
+}
+
+static void test_block_init(TestBlock *block)
+{
+    test_block_init_mapped(block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
+                           MAP_SHARED, RAM_SHARED);
+}
+
+static void test_block_destroy(TestBlock *block)
+{
+    munmap(block->rb.host, block->rb.max_length);
+    if (block->rb.fd >= 0) {
+        close(block->rb.fd);
+    }
+    machine.ram_holes = true;
+    machine.rdma = false;
+    machine.discard_disabled = false;
+    mlock_state = MLOCK_OFF;
+}
+
+static uint64_t allocated_pages(TestBlock *block)
+{
+    struct stat st;
+
+    g_assert_no_errno(fstat(block->rb.fd, &st));
+    return st.st_blocks * 512 / TARGET_PAGE;
+}
+
+/* Of pages @first to @last, and with a kernel that does not mind allocating */
+static void assert_pages(TestBlock *block, unsigned first, unsigned last,
+                         int byte)
+{
+    uint8_t *p = block->rb.host + first * TARGET_PAGE;
+
+    for (uint64_t i = 0; i < (last - first + 1) * TARGET_PAGE; i++) {
+        g_assert_cmpint(p[i], ==, byte);
+    }
+}
+
+static void fill_pages(TestBlock *block, unsigned first, unsigned last)
+{
+    memset(block->rb.host + first * TARGET_PAGE, DATA,
+           (last - first + 1) * TARGET_PAGE);
+}
+
+static void zero_pages(TestBlock *block, unsigned first, unsigned last)
+{
+    ram_handle_zero(&block->rb, first * TARGET_PAGE,
+                    (last - first + 1) * TARGET_PAGE);
+}
+
+/*
+ * Fill pages 8 to 15, zero 4 to 11, and say how many pages are allocated then.
+ * Whatever the policy is, the content must be right.
+ */
+static uint64_t zero_half(TestBlock *block)
+{
+    uint64_t pages;
+
+    fill_pages(block, 8, 15);
+    g_assert_cmpint(allocated_pages(block), ==, 8);
+    zero_pages(block, 4, 11);
+    pages = allocated_pages(block);
+    assert_pages(block, 4, 11, 0);
+    assert_pages(block, 12, 15, DATA);
+    return pages;
+}
+
+/* Standard error goes to a file from stderr_capture() to stderr_release(). */
+
+static int stderr_file = -1, stderr_saved = -1;
+
+static void stderr_capture(void)
+{
+    stderr_file = memfd_create("stderr", MFD_CLOEXEC);
+    stderr_saved = dup(STDERR_FILENO);
+    g_assert_no_errno(dup2(stderr_file, STDERR_FILENO));
+}
+
+/* Returns the number of lines that have been captured. */
+static unsigned stderr_release(void)
+{
+    unsigned lines = 0;
+    char c;
+
+    g_assert_no_errno(dup2(stderr_saved, STDERR_FILENO));
+    g_assert_no_errno(lseek(stderr_file, 0, SEEK_SET));
+    while (read(stderr_file, &c, 1) == 1) {
+        lines += c == '\n';
+    }
+    close(stderr_saved);
+    close(stderr_file);
+    return lines;
+}
+
+static void test_hole_and_punched(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    zero_pages(&block, 0, 63);
+    g_assert_cmpint(allocated_pages(&block), ==, 0);
+    g_assert_cmpint(zero_half(&block), ==, 4);
+    test_block_destroy(&block);
+}
+
+static void test_fd_offset(void)
+{
+    TestBlock block;
+    int fd = memfd_new(2 * BLOCK_SIZE);
+    uint8_t byte = DATA;
+
+    test_block_init_mapped(&block, fd, BLOCK_SIZE, BLOCK_SIZE, MAP_SHARED,
+                           RAM_SHARED);
+    /* In front of the block, where its first page would be without offset */
+    g_assert_cmpint(pwrite(fd, &byte, 1, 0), ==, 1);
+    fill_pages(&block, 0, 1);
+    zero_pages(&block, 0, 0);
+    g_assert_cmpint(allocated_pages(&block), ==, 2);
+    g_assert_cmpint(pread(fd, &byte, 1, 0), ==, 1);
+    g_assert_cmpint(byte, ==, DATA);
+    assert_pages(&block, 0, 0, 0);
+    assert_pages(&block, 1, 1, DATA);
+    test_block_destroy(&block);
+}
+
+/* A hole is left alone in all of these, and nothing is punched. */
+
+static void test_discard_disabled(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    machine.discard_disabled = true;
+    g_assert_cmpint(zero_half(&block), ==, 8);
+
+    /* A device that goes away gives back the permission */
+    machine.discard_disabled = false;
+    zero_pages(&block, 8, 11);
+    g_assert_cmpint(allocated_pages(&block), ==, 4 + 4);
+    test_block_destroy(&block);
+}
+
+static void test_rdma(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    machine.rdma = true;
+    g_assert_cmpint(zero_half(&block), ==, 8);
+    test_block_destroy(&block);
+}
+
+static void test_mlock(void)
+{
+    TestBlock block;
+
+    mlock_state = MLOCK_ON;
+    test_block_init(&block);
+    g_assert_cmpint(zero_half(&block), ==, 8);
+    test_block_destroy(&block);
+
+    mlock_state = MLOCK_ON_FAULT;
+    test_block_init(&block);
+    g_assert_cmpint(zero_half(&block), ==, 4);
+    test_block_destroy(&block);
+}
+
+static void test_readonly_fd(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    block.rb.flags |= RAM_READONLY_FD;
+    g_assert_cmpint(zero_half(&block), ==, 8);
+    test_block_destroy(&block);
+}
+
+static void test_sealed(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    if (fcntl(block.rb.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE) < 0) {
+        g_test_skip("the kernel has no F_SEAL_FUTURE_WRITE");
+    } else {
+        stderr_capture();
+        g_assert_cmpint(zero_half(&block), ==, 8);
+        fill_pages(&block, 8, 11);
+        zero_pages(&block, 0, 63);
+        /* One warning is enough, and holes can still be told */
+        g_assert_cmpint(stderr_release(), ==, 1);
+        g_assert_true(ram_block_holes_known(&block.rb));
+    }
+    test_block_destroy(&block);
+}
+
+/* Reading populates in all of these: what is asked for is content. */
+
+static void test_switched_off(void)
+{
+    TestBlock block;
+
+    machine.ram_holes = false;
+    test_block_init(&block);
+    g_assert_false(ram_block_holes_known(&block.rb));
+    g_assert_cmpint(zero_half(&block), ==, 12);
+    test_block_destroy(&block);
+}
+
+static void test_not_set_up(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    block.rb.holes = NULL;
+    g_assert_false(ram_block_holes_known(&block.rb));
+    g_assert_false(ram_block_may_punch(&block.rb));
+    g_assert_cmpint(zero_half(&block), ==, 12);
+    test_block_destroy(&block);
+}
+
+static void test_lseek_refused(void)
+{
+    TestBlock block;
+    int pipes[2], fd;
+
+    test_block_init(&block);
+    fill_pages(&block, 8, 15);
+    g_assert_no_errno(pipe(pipes));
+    fd = block.rb.fd;
+    block.rb.fd = pipes[0];
+    stderr_capture();
+    zero_pages(&block, 4, 11);
+    zero_pages(&block, 4, 11);
+    g_assert_cmpint(stderr_release(), ==, 1);
+    assert_pages(&block, 4, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    g_assert_false(ram_block_holes_known(&block.rb));
+    block.rb.fd = fd;
+    close(pipes[0]);
+    close(pipes[1]);
+    test_block_destroy(&block);
+}
+
+/* The process's own copy of a page must not be taken for the file's hole. */
+static void test_private(void)
+{
+    TestBlock block;
+
+    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
+                           MAP_PRIVATE, 0);
+    fill_pages(&block, 8, 15);
+    zero_pages(&block, 4, 11);
+    assert_pages(&block, 4, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    test_block_destroy(&block);
+}
+
+static void test_anonymous(void)
+{
+    TestBlock block;
+
+    test_block_init_mapped(&block, -1, 0, BLOCK_SIZE,
+                           MAP_PRIVATE | MAP_ANONYMOUS, 0);
+    fill_pages(&block, 8, 15);
+    zero_pages(&block, 4, 11);
+    assert_pages(&block, 0, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    test_block_destroy(&block);
+}
+
+static void test_shared_anonymous(void)
+{
+    TestBlock block;
+    unsigned char resident[BLOCK_SIZE / TARGET_PAGE];
+
+    test_block_init_mapped(&block, -1, 0, BLOCK_SIZE,
+                           MAP_SHARED | MAP_ANONYMOUS, RAM_SHARED);
+    fill_pages(&block, 8, 15);
+    zero_pages(&block, 4, 11);
+    g_assert_no_errno(mincore(block.rb.host, BLOCK_SIZE, resident));
+    for (int i = 4; i < 16; i++) {
+        g_assert_cmpint(resident[i] & 1, ==, i >= 12);
+    }
+    assert_pages(&block, 4, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    test_block_destroy(&block);
+}
+
+/*
+ * Sets up a block that consists of two pages of hugetlbfs, or skips the test.
+ * With no reservation, so that a page that is given up would be missed.
+ */
+static bool test_block_init_hugetlb(TestBlock *block)
+{
+    int fd = memfd_create("test-ram-holes", MFD_CLOEXEC | MFD_HUGETLB |
+                                            MFD_HUGE_2MB);
+    void *map;
+
+    if (fd < 0) {
+        g_test_skip("no hugetlb memfd on this kernel");
+        return false;
+    }
+    g_assert_no_errno(ftruncate(fd, 2 * HUGE_PAGE));
+    map = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) {
+        g_test_skip("fewer than two free huge pages of 2 MiB"
+                    " (vm.nr_hugepages)");
+        close(fd);
+        return false;
+    }
+    munmap(map, 2 * HUGE_PAGE);
+    test_block_init_mapped(block, fd, 0, 2 * HUGE_PAGE, MAP_SHARED,
+                           RAM_SHARED);
+    return true;
+}
+
+static void test_hugetlb(void)
+{
+    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
+    TestBlock block;
+
+    if (!test_block_init_hugetlb(&block)) {
+        return;
+    }
+    g_assert_true(ram_block_holes_known(&block.rb));
+    g_assert_false(ram_block_may_punch(&block.rb));
+
+    zero_pages(&block, 0, 2 * per_huge - 1);
+    g_assert_cmpint(allocated_pages(&block), ==, 0);
+
+    fill_pages(&block, 8, 15);
+    zero_pages(&block, 4, 11);
+    zero_pages(&block, per_huge, 2 * per_huge - 1);
+    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+    assert_pages(&block, 0, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+
+    /* All of it zero, but its reservation is kept */
+    zero_pages(&block, 0, per_huge - 1);
+    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+    assert_pages(&block, 0, per_huge - 1, 0);
+    test_block_destroy(&block);
+}
+
+/*
+ * With transparent huge pages possible, part of a populated one is cleared in
+ * place; whole ones, and what cannot be one, are punched.  The pages here are
+ * small, but that is more than the code knows.
+ */
+static void test_thp(void)
+{
+    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
+    uint64_t size = 4 * HUGE_PAGE;
+    TestBlock block;
+
+    test_block_init_mapped(&block, memfd_new(size), 0, size, MAP_SHARED,
+                           RAM_SHARED);
+    block.holes.thp_size = HUGE_PAGE;
+
+    fill_pages(&block, 0, 4 * per_huge - 1);
+    zero_pages(&block, per_huge / 2, 3 * per_huge + 7);
+    g_assert_cmpint(allocated_pages(&block), ==, 2 * per_huge);
+    assert_pages(&block, 0, per_huge / 2 - 1, DATA);
+    assert_pages(&block, per_huge / 2, per_huge - 1, 0);
+    assert_pages(&block, 3 * per_huge, 3 * per_huge + 7, 0);
+    assert_pages(&block, 3 * per_huge + 8, 4 * per_huge - 1, DATA);
+
+    /* With a hole next to it, it is not a huge page */
+    fill_pages(&block, per_huge + 8, per_huge + 15);
+    g_assert_cmpint(allocated_pages(&block), ==, 2 * per_huge + 8);
+    zero_pages(&block, per_huge + 8, per_huge + 11);
+    g_assert_cmpint(allocated_pages(&block), ==, 2 * per_huge + 4);
+    assert_pages(&block, per_huge + 12, per_huge + 15, DATA);
+    test_block_destroy(&block);
+}
+
+static void test_run(void)
+{
+    TestBlock block, other;
+    RAMZeroRun run = { };
+
+    test_block_init(&block);
+    test_block_init(&other);
+    ram_zero_run_flush(&run);
+
+    /* Pages that touch are gathered, in either direction */
+    fill_pages(&block, 0, 7);
+    fill_pages(&other, 0, 7);
+    ram_zero_run_add(&run, &block.rb, 2 * TARGET_PAGE, TARGET_PAGE);
+    ram_zero_run_add(&run, &block.rb, 3 * TARGET_PAGE, TARGET_PAGE);
+    ram_zero_run_add(&run, &block.rb, 1 * TARGET_PAGE, TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(&block), ==, 8);
+
+    /* A gap ends the run */
+    ram_zero_run_add(&run, &block.rb, 6 * TARGET_PAGE, TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(&block), ==, 5);
+    assert_pages(&block, 0, 0, DATA);
+    assert_pages(&block, 4, 7, DATA);
+
+    /* So does another block, even if the offset would fit */
+    ram_zero_run_add(&run, &other.rb, 7 * TARGET_PAGE, TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(&block), ==, 4);
+    g_assert_cmpint(allocated_pages(&other), ==, 8);
+
+    ram_zero_run_flush(&run);
+    g_assert_cmpint(allocated_pages(&other), ==, 7);
+
+    /* Nothing is left */
+    fill_pages(&other, 7, 7);
+    ram_zero_run_flush(&run);
+    g_assert_cmpint(allocated_pages(&other), ==, 8);
+    test_block_destroy(&other);
+    test_block_destroy(&block);
+}
+
+static void test_clear_memory(void)
+{
+    uint8_t *p = mmap(NULL, 4 * TARGET_PAGE, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    g_assert_true(p != MAP_FAILED);
+    p[TARGET_PAGE] = DATA;
+    p[3 * TARGET_PAGE + 5] = DATA;
+    ram_clear_memory(p, 3 * TARGET_PAGE + 5);
+    g_assert_cmpint(p[TARGET_PAGE], ==, 0);
+    g_assert_cmpint(p[3 * TARGET_PAGE + 5], ==, DATA);
+    munmap(p, 4 * TARGET_PAGE);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    error_init(argv[0]);
+    machine.ram_holes = true;
+
+    g_test_add_func("/ram-holes/hole-and-punched", test_hole_and_punched);
+    g_test_add_func("/ram-holes/fd-offset", test_fd_offset);
+    g_test_add_func("/ram-holes/keep/discard-disabled", test_discard_disabled);
+    g_test_add_func("/ram-holes/keep/rdma", test_rdma);
+    g_test_add_func("/ram-holes/keep/mlock", test_mlock);
+    g_test_add_func("/ram-holes/keep/readonly-fd", test_readonly_fd);
+    g_test_add_func("/ram-holes/keep/sealed", test_sealed);
+    g_test_add_func("/ram-holes/unknown/switched-off", test_switched_off);
+    g_test_add_func("/ram-holes/unknown/not-set-up", test_not_set_up);
+    g_test_add_func("/ram-holes/unknown/lseek-refused", test_lseek_refused);
+    g_test_add_func("/ram-holes/unknown/private", test_private);
+    g_test_add_func("/ram-holes/unknown/anonymous", test_anonymous);
+    g_test_add_func("/ram-holes/shared-anonymous", test_shared_anonymous);
+    g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
+    g_test_add_func("/ram-holes/thp", test_thp);
+    g_test_add_func("/ram-holes/run", test_run);
+    g_test_add_func("/ram-holes/clear-memory", test_clear_memory);
+
+    return g_test_run();
+}
