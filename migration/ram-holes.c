@@ -63,23 +63,27 @@ void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb)
     }
 }
 
+void ram_block_holes_setup(RAMBlock *rb)
+{
+    RAMBlockHoles *holes;
+
+    if (qatomic_read(&rb->holes)) {
+        return;
+    }
+    holes = g_new(RAMBlockHoles, 1);
+    ram_block_holes_init(holes, rb);
+    if (qatomic_cmpxchg(&rb->holes, NULL, holes)) {
+        g_free(holes);
+    }
+}
+
 void ram_holes_setup(void)
 {
     RAMBlock *rb;
 
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        assert(!rb->holes);
-        rb->holes = g_new(RAMBlockHoles, 1);
+        ram_block_holes_setup(rb);
         ram_block_holes_init(rb->holes, rb);
-    }
-}
-
-void ram_holes_cleanup(void)
-{
-    RAMBlock *rb;
-
-    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        g_clear_pointer(&rb->holes, g_free);
     }
 }
 

@@ -18,8 +18,8 @@
 /**
  * RAMBlockHoles: what does not change about a block during a migration
  *
- * A block has one while RAM is being loaded (RAMBlock.holes); everywhere else
- * the pointer is NULL, and nothing is known about holes.
+ * RAMBlock.holes is NULL, and nothing is known about holes, until a migration
+ * begins that the block takes part in.
  */
 typedef struct RAMBlockHoles {
     /* SPARSE_FILE_UNKNOWN: holes cannot be told, keep to the mapping */
@@ -50,12 +50,20 @@ void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb);
 
 /**
  * ram_holes_setup: initialize RAMBlock.holes of all blocks that are migrated
- * ram_holes_cleanup: the opposite; no other thread may use them any more
  *
- * To be called within an RCU critical section or with the BQL held.
+ * To be called when a migration begins, in either direction, with the BQL held
+ * and while no other thread looks at guest RAM for a migration.  There is no
+ * cleanup: threads of a migration that failed may go on for a while, so the
+ * memory lives as long as the block.
  */
 void ram_holes_setup(void);
-void ram_holes_cleanup(void);
+
+/**
+ * ram_block_holes_setup: the same for one block, unless that has been done
+ *
+ * For readers of guest RAM other than migration.  May be called by any thread.
+ */
+void ram_block_holes_setup(RAMBlock *rb);
 
 /**
  * ram_block_holes_known: whether the kernel can tell holes in @rb from data
@@ -138,5 +146,84 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
  * Costs nothing if there is nothing.
  */
 void ram_zero_run_flush(RAMZeroRun *run);
+
+/**
+ * RAMHoleCache: what the kernel said last about a block on the source
+ *
+ * Two extents that follow each other: a hole, and data behind it.  To be
+ * initialized with all zeroes, and used by one thread.
+ */
+typedef struct RAMHoleCache {
+    RAMBlock *rb;
+    SparseRange hole;
+    SparseRange data;
+    /* Number of the dirty bitmap sync that all this came after */
+    uint64_t sync_count;
+} RAMHoleCache;
+
+/* Forget everything. */
+void ram_hole_cache_reset(RAMHoleCache *cache);
+
+/**
+ * ram_page_is_hole: whether a page is a hole, and must not be read
+ *
+ * The dirty bit of the page must have been cleared at its origin before.
+ *
+ * @cache: answers that are good for more than one page are remembered here
+ * @rb: the block
+ * @offset: offset of the page in the block, in bytes
+ * @limit: offset of the end of the part of the block for which an answer may
+ *         be remembered, in bytes; more than @offset
+ *
+ * Returns true if the page was a hole; false if it is populated, or if nothing
+ * is known about holes in this block.  A populated page may of course be zero.
+ * Of hugetlbfs, a page that another process has allocated, that this process
+ * has not mapped, and that is zero, counts as a hole.
+ */
+bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
+                      uint64_t limit);
+
+/**
+ * ram_page_is_hole_precopy: the same for the thread that searches dirty pages
+ *
+ * Knows what may be remembered and when it has to be forgotten.  To be called
+ * after migration_bitmap_clear_dirty() for the page.
+ */
+bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
+                              ram_addr_t offset);
+
+/**
+ * ram_range_is_zero: whether a part of a block is zero
+ *
+ * Like buffer_is_zero(), but does not read holes.
+ *
+ * @rb: the block
+ * @offset: offset in the block, in bytes
+ * @length: length in bytes
+ */
+bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length);
+
+/**
+ * ram_page_to_read: where to read a page of guest RAM without allocating it
+ *
+ * For readers of guest RAM other than migration, which have no dirty bits.
+ * To be called within an RCU critical section.
+ *
+ * @cache: remembers extents; only for a guest that is stopped, else NULL
+ * @host: address of the memory, normally in guest RAM
+ * @length: how much to read, in bytes, up to a target page
+ *
+ * Returns @host, or zeroes of the same length that take the place of a hole.
+ */
+const void *ram_page_to_read(RAMHoleCache *cache, const void *host,
+                             size_t length);
+
+/**
+ * ram_zero_page: a page of zeroes, to be sent in place of a hole
+ *
+ * Returns memory of at least a target page that is never freed and must not
+ * be written to.
+ */
+const void *ram_zero_page(void);
 
 #endif /* QEMU_MIGRATION_RAM_HOLES_H */

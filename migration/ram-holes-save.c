@@ -1,0 +1,222 @@
+/*
+ * Holes in guest RAM: pages on the source
+ *
+ * A hole is sent as a zero page without reading it, because reading it through
+ * the mapping would allocate it.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <sys/mman.h>
+#include "exec/target_page.h"
+#include "qemu/cutils.h"
+#include "qemu/units.h"
+#include "migration-stats.h"
+#include "qemu/stats64.h"
+#include "ram-holes.h"
+
+static bool range_contains(const SparseRange *range, uint64_t offset)
+{
+    return range->start <= offset && offset < range->end;
+}
+
+/* To and from a range of the block's file */
+static SparseRange range_shift(const SparseRange *range, uint64_t distance)
+{
+    return (SparseRange) {
+        .start = range->start + distance,
+        .end = range->end + distance,
+    };
+}
+
+static int find_data_shmem(RAMBlock *rb, const SparseRange *within,
+                           SparseRange *data)
+{
+    SparseRange in_file = range_shift(within, rb->fd_offset);
+    int ret = sparse_file_next_data(rb->fd, &in_file, data);
+
+    *data = range_shift(data, -rb->fd_offset);
+    return ret;
+}
+
+/*
+ * Whether a huge page is in the page tables of this process, so that reading
+ * it allocates nothing.  For hugetlbfs, mincore() does not look any further
+ * (Linux, mincore_hugetlb() in mm/mincore.c).
+ */
+static bool huge_page_is_mapped(const RAMBlock *rb, const SparseRange *huge)
+{
+#ifdef CONFIG_LINUX
+    unsigned char resident;
+
+    return mincore(rb->host + huge->start, qemu_real_host_page_size(),
+                   &resident) == 0 && (resident & 1);
+#else
+    return true;
+#endif
+}
+
+/*
+ * Nobody tells the extents of hugetlbfs.  Look at one huge page: if it is not
+ * mapped it may still have been written by another process, so read the file.
+ */
+static int find_data_hugetlb(RAMBlock *rb, const SparseRange *within,
+                             SparseRange *data)
+{
+    SparseRange huge = {
+        .start = QEMU_ALIGN_DOWN(within->start, rb->page_size),
+        .end = QEMU_ALIGN_DOWN(within->start, rb->page_size) + rb->page_size,
+    };
+    SparseRange part = {
+        .start = within->start,
+        .end = MIN(within->end, huge.end),
+    };
+    SparseRange in_file = range_shift(&part, rb->fd_offset);
+    int ret = 0;
+
+    if (!huge_page_is_mapped(rb, &huge)) {
+        ret = sparse_file_is_zero(rb->fd, &in_file);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    *data = part;
+    if (ret) {
+        data->start = part.end;
+    }
+    return 0;
+}
+
+bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
+                      uint64_t limit)
+{
+    SparseRange within = { .start = offset, .end = limit };
+    SparseRange data;
+    int ret;
+
+    if (!ram_block_holes_known(rb)) {
+        return false;
+    }
+    if (cache->rb == rb) {
+        if (range_contains(&cache->hole, offset)) {
+            return true;
+        }
+        if (range_contains(&cache->data, offset)) {
+            return false;
+        }
+    }
+
+    if (rb->holes->type == SPARSE_FILE_HUGETLB) {
+        ret = find_data_hugetlb(rb, &within, &data);
+    } else {
+        ret = find_data_shmem(rb, &within, &data);
+    }
+    if (ret < 0) {
+        ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+        ram_hole_cache_reset(cache);
+        return false;
+    }
+    cache->rb = rb;
+    cache->hole = (SparseRange) { .start = offset, .end = data.start };
+    cache->data = data;
+    return range_contains(&cache->hole, offset);
+}
+
+void ram_hole_cache_reset(RAMHoleCache *cache)
+{
+    *cache = (RAMHoleCache) { };
+}
+
+bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
+                              ram_addr_t offset)
+{
+    uint64_t sync_count = stat64_get(&mig_stats.dirty_sync_count);
+    uint64_t chunk_size, limit;
+
+    /*
+     * Why what is remembered here cannot go stale: a page is sent as zero
+     * because of a look-up at time T, and the dirty bits of the whole chunk
+     * were cleared at their origin (KVM, TCG, vhost) at a time C before T.
+     *
+     * - A write before C populated the page, so the look-up sees data.
+     * - A write after C sets the dirty bit again.  The next sync finds it, and
+     *   the page is sent again; it does not matter whether the write was
+     *   before or after T, or before or after the page was sent.
+     *
+     * Both need that C is before T, for the page in question and not just for
+     * the one at which the look-up started.  So the look-up ends where the
+     * chunk of clear_bmap ends, and migration_bitmap_clear_dirty() for the
+     * page is called before this function.
+     *
+     * The second point also needs that no sync comes between the write and
+     * the use: that sync would move the dirty bit to the migration bitmap and
+     * the chunk would be cleared again, at a C' after T.  So everything is
+     * forgotten when a sync has begun.
+     */
+    if (cache->sync_count != sync_count) {
+        ram_hole_cache_reset(cache);
+        cache->sync_count = sync_count;
+    }
+
+    if (rb->clear_bmap) {
+        chunk_size = (uint64_t)qemu_target_page_size() << rb->clear_bmap_shift;
+    } else {
+        chunk_size = qemu_target_page_size();
+    }
+    limit = MIN(QEMU_ALIGN_DOWN(offset, chunk_size) + chunk_size,
+                rb->used_length);
+    return ram_page_is_hole(cache, rb, offset, limit);
+}
+
+bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    RAMHoleCache cache = { };
+    uint64_t end = offset + length;
+
+    while (offset < end) {
+        uint64_t next = end;
+
+        if (ram_page_is_hole(&cache, rb, offset, end)) {
+            next = cache.hole.end;
+        } else {
+            if (cache.rb) {
+                next = cache.data.end;
+            }
+            if (!buffer_is_zero(rb->host + offset, next - offset)) {
+                return false;
+            }
+        }
+        offset = next;
+    }
+    return true;
+}
+
+const void *ram_page_to_read(RAMHoleCache *cache, const void *host,
+                             size_t length)
+{
+    RAMHoleCache for_this_page = { };
+    ram_addr_t offset;
+    RAMBlock *rb = qemu_ram_block_from_host((void *)host, false, &offset);
+    uint64_t limit = offset + length;
+
+    if (!rb) {
+        return host;
+    }
+    ram_block_holes_setup(rb);
+    if (cache) {
+        limit = MAX(limit, rb->used_length);
+    } else {
+        cache = &for_this_page;
+    }
+    return ram_page_is_hole(cache, rb, offset, limit) ? ram_zero_page() : host;
+}
+
+const void *ram_zero_page(void)
+{
+    /* Large and aligned enough for any target page, and for O_DIRECT */
+    static uint8_t zeroes[64 * KiB] QEMU_ALIGNED(64 * KiB);
+
+    assert(qemu_target_page_size() <= sizeof(zeroes));
+    return zeroes;
+}
