@@ -168,6 +168,11 @@ static void zero_hugetlb(RAMBlock *rb, SparseRange todo)
     trace_zero(rb, &hole, ACTION_HOLE);
 }
 
+static bool ram_block_is_shared_anonymous(const RAMBlock *rb)
+{
+    return rb->holes && rb->holes->shared_anonymous;
+}
+
 /*
  * Without a file nobody can tell where the holes are, but freeing what is a
  * hole already is cheap.  MADV_DONTNEED would only unmap the pages.
@@ -202,8 +207,7 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
         } else {
             zero_shmem(rb, range);
         }
-    } else if (rb->holes && rb->holes->shared_anonymous &&
-               ram_block_may_punch(rb)) {
+    } else if (ram_block_is_shared_anonymous(rb) && ram_block_may_punch(rb)) {
         zero_shared_anonymous(rb, &range);
     } else {
         zero_clear(rb, &range);
@@ -213,12 +217,22 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
 void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
                       uint64_t length)
 {
-    if (rb == run->rb && sparse_range_gather(&run->range, offset, length)) {
-        return;
+    if (rb != run->rb) {
+        ram_zero_run_flush(run);
+        run->rb = rb;
+        /*
+         * Clearing page by page keeps step with the stream.  To clear a long
+         * run at its end would let the source wait.
+         */
+        run->gather = ram_block_holes_known(rb) ||
+                      ram_block_is_shared_anonymous(rb);
     }
-    ram_zero_run_flush(run);
-    run->rb = rb;
-    run->range = (SparseRange) { .start = offset, .end = offset + length };
+    if (!run->gather) {
+        ram_handle_zero(rb, offset, length);
+    } else if (!sparse_range_gather(&run->range, offset, length)) {
+        ram_zero_run_flush(run);
+        run->range = (SparseRange) { .start = offset, .end = offset + length };
+    }
 }
 
 void ram_zero_run_flush(RAMZeroRun *run)

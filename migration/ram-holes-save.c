@@ -16,9 +16,10 @@
 #include "qemu/stats64.h"
 #include "ram-holes.h"
 
-static bool range_contains(const SparseRange *range, uint64_t offset)
+static bool range_contains(const SparseRange *range, uint64_t offset,
+                           uint64_t length)
 {
-    return range->start <= offset && offset < range->end;
+    return range->start <= offset && offset + length <= range->end;
 }
 
 /* To and from a range of the block's file */
@@ -92,6 +93,8 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
                       uint64_t limit)
 {
     SparseRange within = { .start = offset, .end = limit };
+    /* Which may be larger than a page of the file: all of it has to be hole */
+    uint64_t page_size = MIN(qemu_target_page_size(), limit - offset);
     SparseRange data;
     int ret;
 
@@ -99,10 +102,10 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
         return false;
     }
     if (cache->rb == rb) {
-        if (range_contains(&cache->hole, offset)) {
+        if (range_contains(&cache->hole, offset, page_size)) {
             return true;
         }
-        if (range_contains(&cache->data, offset)) {
+        if (range_contains(&cache->data, offset, page_size)) {
             return false;
         }
     }
@@ -120,7 +123,7 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
     cache->rb = rb;
     cache->hole = (SparseRange) { .start = offset, .end = data.start };
     cache->data = data;
-    return range_contains(&cache->hole, offset);
+    return range_contains(&cache->hole, offset, page_size);
 }
 
 void ram_hole_cache_reset(RAMHoleCache *cache)
@@ -131,8 +134,11 @@ void ram_hole_cache_reset(RAMHoleCache *cache)
 bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
                               ram_addr_t offset)
 {
-    uint64_t sync_count = stat64_get(&mig_stats.dirty_sync_count);
-    uint64_t chunk_size, limit;
+    uint64_t sync_count, chunk_size, limit;
+
+    if (!ram_block_holes_known(rb)) {
+        return false;
+    }
 
     /*
      * Why what is remembered here cannot go stale: a page is sent as zero
@@ -154,6 +160,7 @@ bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
      * the chunk would be cleared again, at a C' after T.  So everything is
      * forgotten when a sync has begun.
      */
+    sync_count = stat64_get(&mig_stats.dirty_sync_count);
     if (cache->sync_count != sync_count) {
         ram_hole_cache_reset(cache);
         cache->sync_count = sync_count;

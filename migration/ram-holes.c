@@ -87,17 +87,6 @@ void ram_holes_setup(void)
     }
 }
 
-static bool ram_block_has_failed(const RAMBlock *rb, unsigned int operations)
-{
-    return qatomic_read(&rb->holes->failed) & operations;
-}
-
-bool ram_block_holes_known(const RAMBlock *rb)
-{
-    return rb->holes && rb->holes->type != SPARSE_FILE_UNKNOWN &&
-           !ram_block_has_failed(rb, RAM_HOLES_FIND);
-}
-
 bool ram_block_may_punch(const RAMBlock *rb)
 {
     const RAMBlockHoles *holes = rb->holes;
@@ -112,7 +101,7 @@ bool ram_block_may_punch(const RAMBlock *rb)
     if (holes->type != SPARSE_FILE_SHMEM && !holes->shared_anonymous) {
         return false;
     }
-    if (ram_block_has_failed(rb, RAM_HOLES_FIND | RAM_HOLES_PUNCH)) {
+    if (qatomic_read(&holes->failed)) {
         return false;
     }
     /* Memory that is pinned by a device or by RDMA has to stay where it is. */

@@ -13,6 +13,7 @@
 
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
+#include "qemu/atomic.h"
 #include "qemu/sparse-file.h"
 
 /**
@@ -52,9 +53,9 @@ void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb);
  * ram_holes_setup: initialize RAMBlock.holes of all blocks that are migrated
  *
  * To be called when a migration begins, in either direction, with the BQL held
- * and while no other thread looks at guest RAM for a migration.  There is no
- * cleanup: threads of a migration that failed may go on for a while, so the
- * memory lives as long as the block.
+ * or within an RCU critical section, and while no other thread looks at guest
+ * RAM for a migration.  There is no cleanup: threads of a migration that failed
+ * may go on for a while, so the memory lives as long as the block.
  */
 void ram_holes_setup(void);
 
@@ -71,7 +72,13 @@ void ram_block_holes_setup(RAMBlock *rb);
  * If so, no populated page is ever missed, and a page that is not populated
  * must not be read through the mapping.
  */
-bool ram_block_holes_known(const RAMBlock *rb);
+static inline bool ram_block_holes_known(const RAMBlock *rb)
+{
+    const RAMBlockHoles *holes = rb->holes;
+
+    return holes && holes->type != SPARSE_FILE_UNKNOWN &&
+           !(qatomic_read(&holes->failed) & RAM_HOLES_FIND);
+}
 
 /**
  * ram_block_may_punch: whether populated pages of @rb may be freed
@@ -129,13 +136,16 @@ void ram_clear_memory(void *host, uint64_t length);
  */
 typedef struct RAMZeroRun {
     RAMBlock *rb;
+    /* Whether it saves system calls to gather pages of @rb */
+    bool gather;
     SparseRange range;
 } RAMZeroRun;
 
 /**
  * ram_zero_run_add: ram_handle_zero(), but maybe later
  *
- * Flushes what was gathered before if the new part does not touch it.
+ * Flushes what was gathered before if the new part does not touch it.  Nothing
+ * is gathered where no system call is saved by that.
  */
 void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
                       uint64_t length);
