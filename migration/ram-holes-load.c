@@ -12,7 +12,9 @@
 #include "exec/memory.h"
 #include "exec/target_page.h"
 #include "qemu/cutils.h"
+#include "qapi/qapi-types-migration.h"
 #include "qemu/madvise.h"
+#include "options.h"
 #include "ram-holes.h"
 #include "trace.h"
 
@@ -194,6 +196,16 @@ static void zero_shared_anonymous(RAMBlock *rb, const SparseRange *range)
     zero_clear(rb, &tail);
 }
 
+/*
+ * If postcopy is possible, a page that has been received must be populated when
+ * userfaultfd gets registered: an access to a hole would wait for the page, and
+ * a page that has been received already is never asked for again.
+ */
+static bool must_populate(void)
+{
+    return migrate_postcopy_ram();
+}
+
 void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
 {
     SparseRange range = {
@@ -201,8 +213,10 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
         .end = rb->fd_offset + offset + length,
     };
 
-    if (ram_block_holes_known(rb)) {
-        if (rb->holes->type == SPARSE_FILE_HUGETLB) {
+    if (must_populate()) {
+        zero_clear(rb, &range);
+    } else if (ram_block_holes_known(rb)) {
+        if (rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
             zero_hugetlb(rb, range);
         } else {
             zero_shmem(rb, range);
@@ -224,8 +238,8 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
          * Clearing page by page keeps step with the stream.  To clear a long
          * run at its end would let the source wait.
          */
-        run->gather = ram_block_holes_known(rb) ||
-                      ram_block_is_shared_anonymous(rb);
+        run->gather = !must_populate() && (ram_block_holes_known(rb) ||
+                                           ram_block_is_shared_anonymous(rb));
     }
     if (!run->gather) {
         ram_handle_zero(rb, offset, length);

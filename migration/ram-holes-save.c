@@ -8,18 +8,15 @@
  */
 
 #include "qemu/osdep.h"
-#include <sys/mman.h>
 #include "exec/target_page.h"
 #include "qemu/cutils.h"
-#include "qemu/units.h"
 #include "migration-stats.h"
 #include "qemu/stats64.h"
 #include "ram-holes.h"
 
-static bool range_contains(const SparseRange *range, uint64_t offset,
-                           uint64_t length)
+static bool range_contains(const SparseRange *range, const SparseRange *part)
 {
-    return range->start <= offset && offset + length <= range->end;
+    return range->start <= part->start && part->end <= range->end;
 }
 
 /* To and from a range of the block's file */
@@ -90,11 +87,10 @@ static int find_data_hugetlb(RAMBlock *rb, const SparseRange *within,
 }
 
 bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
-                      uint64_t limit)
+                      uint64_t length, uint64_t limit)
 {
+    SparseRange page = { .start = offset, .end = offset + length };
     SparseRange within = { .start = offset, .end = limit };
-    /* Which may be larger than a page of the file: all of it has to be hole */
-    uint64_t page_size = MIN(qemu_target_page_size(), limit - offset);
     SparseRange data;
     int ret;
 
@@ -102,15 +98,15 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
         return false;
     }
     if (cache->rb == rb) {
-        if (range_contains(&cache->hole, offset, page_size)) {
+        if (range_contains(&cache->hole, &page)) {
             return true;
         }
-        if (range_contains(&cache->data, offset, page_size)) {
+        if (sparse_range_overlaps(&cache->data, &page)) {
             return false;
         }
     }
 
-    if (rb->holes->type == SPARSE_FILE_HUGETLB) {
+    if (rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
         ret = find_data_hugetlb(rb, &within, &data);
     } else {
         ret = find_data_shmem(rb, &within, &data);
@@ -123,7 +119,7 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
     cache->rb = rb;
     cache->hole = (SparseRange) { .start = offset, .end = data.start };
     cache->data = data;
-    return range_contains(&cache->hole, offset, page_size);
+    return range_contains(&cache->hole, &page);
 }
 
 void ram_hole_cache_reset(RAMHoleCache *cache)
@@ -134,6 +130,7 @@ void ram_hole_cache_reset(RAMHoleCache *cache)
 bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
                               ram_addr_t offset)
 {
+    size_t page_size = qemu_target_page_size();
     uint64_t sync_count, chunk_size, limit;
 
     if (!ram_block_holes_known(rb)) {
@@ -166,14 +163,13 @@ bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
         cache->sync_count = sync_count;
     }
 
+    chunk_size = page_size;
     if (rb->clear_bmap) {
-        chunk_size = (uint64_t)qemu_target_page_size() << rb->clear_bmap_shift;
-    } else {
-        chunk_size = qemu_target_page_size();
+        chunk_size <<= rb->clear_bmap_shift;
     }
     limit = MIN(QEMU_ALIGN_DOWN(offset, chunk_size) + chunk_size,
                 rb->used_length);
-    return ram_page_is_hole(cache, rb, offset, limit);
+    return ram_page_is_hole(cache, rb, offset, page_size, limit);
 }
 
 bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
@@ -184,7 +180,7 @@ bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
     while (offset < end) {
         uint64_t next = end;
 
-        if (ram_page_is_hole(&cache, rb, offset, end)) {
+        if (ram_page_is_hole(&cache, rb, offset, 1, end)) {
             next = cache.hole.end;
         } else {
             if (cache.rb) {
@@ -210,20 +206,23 @@ const void *ram_page_to_read(RAMHoleCache *cache, const void *host,
     if (!rb) {
         return host;
     }
+    assert(length <= RAM_ZERO_PAGE_SIZE);
     ram_block_holes_setup(rb);
     if (cache) {
         limit = MAX(limit, rb->used_length);
     } else {
         cache = &for_this_page;
     }
-    return ram_page_is_hole(cache, rb, offset, limit) ? ram_zero_page() : host;
+    return ram_page_is_hole(cache, rb, offset, length, limit) ? ram_zero_page()
+                                                              : host;
 }
 
 const void *ram_zero_page(void)
 {
-    /* Large and aligned enough for any target page, and for O_DIRECT */
-    static uint8_t zeroes[64 * KiB] QEMU_ALIGNED(64 * KiB);
+    /* Aligned for O_DIRECT */
+    static const uint8_t zeroes[RAM_ZERO_PAGE_SIZE]
+        QEMU_ALIGNED(RAM_ZERO_PAGE_SIZE);
 
-    assert(qemu_target_page_size() <= sizeof(zeroes));
+    assert(qemu_target_page_size() <= RAM_ZERO_PAGE_SIZE);
     return zeroes;
 }

@@ -32,15 +32,17 @@ static bool ram_block_keep_populated(const RAMBlock *rb)
     if (backend && MEMORY_BACKEND(backend)->prealloc) {
         return true;
     }
+    /* virtio-mem has a prealloc=on of its own, and decides what is populated */
+    if (rb->mr && memory_region_has_ram_discard_manager(rb->mr)) {
+        return true;
+    }
     return should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state);
 }
 
 void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb)
 {
-    bool shared = rb->flags & RAM_SHARED;
-
     *holes = (RAMBlockHoles) {
-        .type = SPARSE_FILE_UNKNOWN,
+        .type = QEMU_FS_TYPE_UNKNOWN,
         .keep_populated = ram_block_keep_populated(rb),
     };
 
@@ -48,19 +50,21 @@ void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb)
      * A private mapping has pages of its own, about which the file knows
      * nothing.
      */
-    if (!migrate_ram_holes() || !shared) {
+    if (!migrate_ram_holes() || !(rb->flags & RAM_SHARED)) {
         return;
     }
-    if (rb->fd < 0) {
 #ifdef CONFIG_LINUX
-        holes->shared_anonymous = !(rb->flags & RAM_PREALLOC);
-#endif
+    if (rb->fd < 0) {
+        /* MADV_REMOVE refuses locked memory, even if locked on fault only */
+        holes->shared_anonymous = !(rb->flags & RAM_PREALLOC) &&
+                                  !should_mlock(mlock_state);
         return;
     }
-    holes->type = sparse_file_type(rb->fd);
-    if (holes->type == SPARSE_FILE_SHMEM) {
+    holes->type = qemu_fd_getfs(rb->fd);
+    if (holes->type == QEMU_FS_TYPE_TMPFS) {
         holes->thp_size = sparse_file_thp_size(rb->fd);
     }
+#endif
 }
 
 void ram_block_holes_setup(RAMBlock *rb)
@@ -82,8 +86,17 @@ void ram_holes_setup(void)
     RAMBlock *rb;
 
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        RAMBlockHoles now;
+
         ram_block_holes_setup(rb);
-        ram_block_holes_init(rb->holes, rb);
+        ram_block_holes_init(&now, rb);
+        /*
+         * What can have changed since an earlier migration.  The rest is never
+         * written again, because other threads may be looking at it.
+         */
+        rb->holes->keep_populated = now.keep_populated;
+        rb->holes->thp_size = now.thp_size;
+        qatomic_set(&rb->holes->failed, 0);
     }
 }
 
@@ -98,7 +111,7 @@ bool ram_block_may_punch(const RAMBlock *rb)
      * Not hugetlbfs: punching a whole huge page gives up its reservation, and
      * the next access could find the pool empty and get SIGBUS.
      */
-    if (holes->type != SPARSE_FILE_SHMEM && !holes->shared_anonymous) {
+    if (holes->type != QEMU_FS_TYPE_TMPFS && !holes->shared_anonymous) {
         return false;
     }
     if (qatomic_read(&holes->failed)) {

@@ -14,7 +14,9 @@
 #include "exec/cpu-common.h"
 #include "exec/ramblock.h"
 #include "qemu/atomic.h"
+#include "qemu/mmap-alloc.h"
 #include "qemu/sparse-file.h"
+#include "qemu/units.h"
 
 /**
  * RAMBlockHoles: what does not change about a block during a migration
@@ -23,8 +25,8 @@
  * begins that the block takes part in.
  */
 typedef struct RAMBlockHoles {
-    /* SPARSE_FILE_UNKNOWN: holes cannot be told, keep to the mapping */
-    SparseFileType type;
+    /* QEMU_FS_TYPE_UNKNOWN: holes cannot be told, keep to the mapping */
+    QemuFsType type;
     /* Shared memory without a file: cannot be asked, but can be discarded */
     bool shared_anonymous;
     /* The user asked for the memory to be there: prealloc=on, mem-lock=on */
@@ -45,7 +47,7 @@ typedef enum RAMHolesOperation {
  * ram_block_holes_init: find out what may be done about holes in a block
  *
  * @holes: set to the answer
- * @rb: the block; its size and file must not change from here on
+ * @rb: the block
  */
 void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb);
 
@@ -53,9 +55,9 @@ void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb);
  * ram_holes_setup: initialize RAMBlock.holes of all blocks that are migrated
  *
  * To be called when a migration begins, in either direction, with the BQL held
- * or within an RCU critical section, and while no other thread looks at guest
- * RAM for a migration.  There is no cleanup: threads of a migration that failed
- * may go on for a while, so the memory lives as long as the block.
+ * or within an RCU critical section.  There is no cleanup: threads of a
+ * migration that failed may go on for a while, so the memory lives as long as
+ * the block.
  */
 void ram_holes_setup(void);
 
@@ -74,9 +76,9 @@ void ram_block_holes_setup(RAMBlock *rb);
  */
 static inline bool ram_block_holes_known(const RAMBlock *rb)
 {
-    const RAMBlockHoles *holes = rb->holes;
+    const RAMBlockHoles *holes = qatomic_read(&rb->holes);
 
-    return holes && holes->type != SPARSE_FILE_UNKNOWN &&
+    return holes && holes->type != QEMU_FS_TYPE_UNKNOWN &&
            !(qatomic_read(&holes->failed) & RAM_HOLES_FIND);
 }
 
@@ -119,8 +121,9 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length);
 /**
  * ram_clear_memory: zero memory that may or may not be zero already
  *
- * For memory that is private to the process.  Does not write to what is zero,
- * so that untouched anonymous memory stays backed by the zero page.
+ * Reads all of it, so that holes of shared memory get allocated.  Does not
+ * write to what is zero, so that untouched anonymous memory stays backed by the
+ * zero page.
  *
  * @host: start of the memory
  * @length: length in bytes
@@ -182,16 +185,17 @@ void ram_hole_cache_reset(RAMHoleCache *cache);
  * @cache: answers that are good for more than one page are remembered here
  * @rb: the block
  * @offset: offset of the page in the block, in bytes
+ * @length: length of the page in bytes; may be more than a page of the file has
  * @limit: offset of the end of the part of the block for which an answer may
- *         be remembered, in bytes; more than @offset
+ *         be remembered, in bytes; @offset + @length or more
  *
- * Returns true if the page was a hole; false if it is populated, or if nothing
- * is known about holes in this block.  A populated page may of course be zero.
- * Of hugetlbfs, a page that another process has allocated, that this process
- * has not mapped, and that is zero, counts as a hole.
+ * Returns true if all of the page was a hole; false if any of it is populated,
+ * or if nothing is known about holes in this block.  A populated page may of
+ * course be zero.  Of hugetlbfs, a page that another process allocated, that
+ * this process has not mapped, and that is zero, counts as a hole.
  */
 bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
-                      uint64_t limit);
+                      uint64_t length, uint64_t limit);
 
 /**
  * ram_page_is_hole_precopy: the same for the thread that searches dirty pages
@@ -221,18 +225,20 @@ bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length);
  *
  * @cache: remembers extents; only for a guest that is stopped, else NULL
  * @host: address of the memory, normally in guest RAM
- * @length: how much to read, in bytes, up to a target page
+ * @length: how much to read, in bytes, up to RAM_ZERO_PAGE_SIZE
  *
- * Returns @host, or zeroes of the same length that take the place of a hole.
+ * Returns @host, or zeroes of the same length if all of it is a hole.
  */
 const void *ram_page_to_read(RAMHoleCache *cache, const void *host,
                              size_t length);
 
+/* No target has larger pages, nor has any format of a dump. */
+#define RAM_ZERO_PAGE_SIZE (64 * KiB)
+
 /**
- * ram_zero_page: a page of zeroes, to be sent in place of a hole
+ * ram_zero_page: zeroes, to be sent in place of a hole
  *
- * Returns memory of at least a target page that is never freed and must not
- * be written to.
+ * Returns RAM_ZERO_PAGE_SIZE bytes that are read-only and never freed.
  */
 const void *ram_zero_page(void);
 

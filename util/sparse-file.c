@@ -12,9 +12,7 @@
 
 #ifdef CONFIG_LINUX
 #include <sys/sysmacros.h>
-#include <sys/vfs.h>
 #include <linux/falloc.h>
-#include <linux/magic.h>
 #endif
 
 bool sparse_range_overlaps(const SparseRange *a, const SparseRange *b)
@@ -70,23 +68,6 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
 #ifdef CONFIG_LINUX
 
 #define SYSFS_THP "/sys/kernel/mm/transparent_hugepage/"
-
-SparseFileType sparse_file_type(int fd)
-{
-    struct statfs fs;
-
-    if (RETRY_ON_EINTR(fstatfs(fd, &fs)) < 0) {
-        return SPARSE_FILE_UNKNOWN;
-    }
-    switch ((uint32_t)fs.f_type) {
-    case TMPFS_MAGIC:
-        return SPARSE_FILE_SHMEM;
-    case HUGETLBFS_MAGIC:
-        return SPARSE_FILE_HUGETLB;
-    default:
-        return SPARSE_FILE_UNKNOWN;
-    }
-}
 
 int sparse_file_next_data(int fd, const SparseRange *within,
                           SparseRange *data)
@@ -247,11 +228,6 @@ uint64_t sparse_file_thp_size(int fd)
 }
 
 #else /* !CONFIG_LINUX */
-
-SparseFileType sparse_file_type(int fd)
-{
-    return SPARSE_FILE_UNKNOWN;
-}
 
 int sparse_file_next_data(int fd, const SparseRange *within,
                           SparseRange *data)

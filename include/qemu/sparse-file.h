@@ -6,9 +6,17 @@
  * a page, because a shared mapping has no zero page.  The functions here ask
  * the file instead of the mapping, so that nothing gets allocated.
  *
- * They know nothing about guests or migration.  All offsets and lengths are
- * in bytes, offsets count from the start of the file, and no function here
- * reads or writes through a mapping.
+ * What can be asked depends on the file system, which qemu_fd_getfs() tells:
+ *
+ * - tmpfs: lseek() tells extents with page granularity.
+ * - hugetlbfs: lseek() says that the whole file is data, but a read() of a hole
+ *   returns zeroes and allocates nothing.
+ * - Everything else: nothing.  Where data is written back to a disk, or to
+ *   persistent memory, what lseek() says depends on what has been written back.
+ *
+ * The functions know nothing about guests or migration.  All offsets and
+ * lengths are in bytes, offsets count from the start of the file, and no
+ * function here reads or writes through a mapping.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -77,31 +85,10 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
                         SparseRange *head, SparseRange *body,
                         SparseRange *tail);
 
-typedef enum SparseFileType {
-    /* Nothing is known about holes: another file system or host system */
-    SPARSE_FILE_UNKNOWN,
-    /* tmpfs: memfd, /dev/shm.  Extents can be told with page granularity. */
-    SPARSE_FILE_SHMEM,
-    /*
-     * hugetlbfs: lseek() says that the whole file is data, but a read() of a
-     * hole returns zeroes and allocates nothing.
-     */
-    SPARSE_FILE_HUGETLB,
-} SparseFileType;
-
-/**
- * sparse_file_type: how, if at all, @fd can be asked about holes
- *
- * Files systems that write back to a disk, or to persistent memory, are
- * SPARSE_FILE_UNKNOWN on purpose: what lseek() says there depends on what has
- * been written back.
- */
-SparseFileType sparse_file_type(int fd);
-
 /**
  * sparse_file_next_data: find the first data in a part of a file
  *
- * @fd: a file of type SPARSE_FILE_SHMEM
+ * @fd: a file on tmpfs
  * @within: the part to search
  * @data: set to the first extent of data, cut off at the end of @within; set
  *        to an empty range at the end of @within if all of it is a hole
@@ -119,7 +106,7 @@ int sparse_file_next_data(int fd, const SparseRange *within,
 /**
  * sparse_file_is_zero: whether a part of a file reads as zero
  *
- * @fd: a readable file of any type but SPARSE_FILE_UNKNOWN
+ * @fd: a readable file on tmpfs or hugetlbfs
  * @range: the part to look at; what is behind the end of the file is zero
  *
  * Reads the file and not the mapping: a hole stays a hole.
@@ -145,7 +132,7 @@ int sparse_file_punch(int fd, const SparseRange *range);
 /**
  * sparse_file_thp_size: the size of transparent huge pages @fd may consist of
  *
- * @fd: a file of type SPARSE_FILE_SHMEM
+ * @fd: a file on tmpfs
  *
  * Punching a part of a transparent huge page splits it.  Whether a particular
  * page is huge cannot be asked cheaply; whether there can be one at all is

@@ -19,6 +19,7 @@
 #include "qemu/error-report.h"
 #include "qemu/units.h"
 #include "system/system.h"
+#include "../../migration/migration-stats.h"
 #include "../../migration/options.h"
 #include "../../migration/ram-holes.h"
 
@@ -32,8 +33,13 @@
 static struct {
     bool ram_holes;
     bool rdma;
+    bool postcopy;
     bool discard_disabled;
+    RamDiscardManager *rdm;
+    RAMBlock *rb;
 } machine;
+
+MigrationAtomicStats mig_stats;
 
 RAMList ram_list;
 MlockState mlock_state;
@@ -51,6 +57,11 @@ bool migrate_ram_holes(void)
 bool migrate_rdma(void)
 {
     return machine.rdma;
+}
+
+bool migrate_postcopy_ram(void)
+{
+    return machine.postcopy;
 }
 
 bool migrate_ram_is_ignored(RAMBlock *rb)
@@ -76,6 +87,24 @@ bool is_mlock_on_fault(MlockState state)
 Object *memory_region_owner(MemoryRegion *mr)
 {
     return NULL;
+}
+
+RamDiscardManager *memory_region_get_ram_discard_manager(MemoryRegion *mr)
+{
+    return machine.rdm;
+}
+
+RAMBlock *qemu_ram_block_from_host(void *ptr, bool round_offset,
+                                   ram_addr_t *offset)
+{
+    RAMBlock *rb = machine.rb;
+
+    if (!rb || ptr < (void *)rb->host ||
+        ptr >= (void *)rb->host + rb->used_length) {
+        return NULL;
+    }
+    *offset = ptr - (void *)rb->host;
+    return rb;
 }
 
 /* The block */
@@ -130,9 +159,8 @@ static void test_block_destroy(TestBlock *block)
     if (block->rb.fd >= 0) {
         close(block->rb.fd);
     }
+    memset(&machine, 0, sizeof(machine));
     machine.ram_holes = true;
-    machine.rdma = false;
-    machine.discard_disabled = false;
     mlock_state = MLOCK_OFF;
 }
 
@@ -284,6 +312,20 @@ static void test_mlock(void)
     test_block_destroy(&block);
 }
 
+static void test_virtio_mem(void)
+{
+    TestBlock block;
+    MemoryRegion mr = { };
+
+    /* Nothing looks into it */
+    machine.rdm = (RamDiscardManager *)&machine;
+    test_block_init(&block);
+    block.rb.mr = &mr;
+    ram_block_holes_init(&block.holes, &block.rb);
+    g_assert_cmpint(zero_half(&block), ==, 8);
+    test_block_destroy(&block);
+}
+
 static void test_readonly_fd(void)
 {
     TestBlock block;
@@ -358,6 +400,23 @@ static void test_lseek_refused(void)
     block.rb.fd = fd;
     close(pipes[0]);
     close(pipes[1]);
+    test_block_destroy(&block);
+}
+
+/*
+ * A page that has been received is never asked for again, so it must not be
+ * missing when userfaultfd is registered.
+ */
+static void test_postcopy(void)
+{
+    TestBlock block;
+    RAMZeroRun run = { };
+
+    machine.postcopy = true;
+    test_block_init(&block);
+    g_assert_cmpint(zero_half(&block), ==, 12);
+    ram_zero_run_add(&run, &block.rb, 0, TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(&block), ==, 13);
     test_block_destroy(&block);
 }
 
@@ -547,6 +606,222 @@ static void test_clear_memory(void)
     munmap(p, 4 * TARGET_PAGE);
 }
 
+/* The source: what is a hole, and what may be remembered about it */
+
+static bool is_hole(RAMHoleCache *cache, TestBlock *block, unsigned page,
+                    unsigned npages, unsigned limit)
+{
+    return ram_page_is_hole(cache, &block->rb, page * TARGET_PAGE,
+                            npages * TARGET_PAGE, limit * TARGET_PAGE);
+}
+
+static void test_save_cache(void)
+{
+    TestBlock block, other;
+    RAMHoleCache cache = { };
+
+    test_block_init(&block);
+    test_block_init(&other);
+    fill_pages(&block, 8, 15);
+    fill_pages(&other, 0, 3);
+
+    g_assert_true(is_hole(&cache, &block, 0, 1, 64));
+    g_assert_true(is_hole(&cache, &block, 7, 1, 64));
+    g_assert_false(is_hole(&cache, &block, 8, 1, 64));
+    g_assert_false(is_hole(&cache, &block, 15, 1, 64));
+    g_assert_true(is_hole(&cache, &block, 16, 1, 64));
+    g_assert_true(is_hole(&cache, &block, 3, 1, 64));
+    /* The same offset in another block is something else */
+    g_assert_false(is_hole(&cache, &other, 3, 1, 64));
+    g_assert_true(is_hole(&cache, &other, 4, 1, 64));
+
+    /* What has been asked for is remembered up to the limit, not further */
+    ram_hole_cache_reset(&cache);
+    g_assert_true(is_hole(&cache, &block, 16, 1, 20));
+    fill_pages(&block, 19, 20);
+    g_assert_true(is_hole(&cache, &block, 19, 1, 20));
+    g_assert_false(is_hole(&cache, &block, 20, 1, 24));
+    ram_hole_cache_reset(&cache);
+    g_assert_false(is_hole(&cache, &block, 19, 1, 20));
+
+    /* Looking has not allocated anything */
+    g_assert_cmpint(allocated_pages(&block), ==, 10);
+    test_block_destroy(&other);
+    test_block_destroy(&block);
+}
+
+/* A page may be larger than what the file consists of. */
+static void test_save_large_page(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    fill_pages(&block, 3, 3);
+    fill_pages(&block, 12, 12);
+    fill_pages(&block, 31, 31);
+
+    for (int limit = 48; limit <= 64; limit += 16) {
+        RAMHoleCache cache = { };
+
+        /* Hole, then data */
+        g_assert_false(is_hole(&cache, &block, 2, 2, limit));
+        g_assert_true(is_hole(&cache, &block, 0, 2, limit));
+        /* Data, then hole */
+        g_assert_false(is_hole(&cache, &block, 12, 2, limit));
+        /* Data in the middle, and at the end */
+        g_assert_false(is_hole(&cache, &block, 8, 8, limit));
+        g_assert_false(is_hole(&cache, &block, 16, 16, limit));
+        g_assert_true(is_hole(&cache, &block, 16, 8, limit));
+        g_assert_true(is_hole(&cache, &block, 32, 16, limit));
+    }
+    test_block_destroy(&block);
+}
+
+static void test_save_precopy(void)
+{
+    TestBlock block;
+    RAMHoleCache cache = { };
+    unsigned long chunks[1] = { };
+
+    test_block_init(&block);
+    stat64_set(&mig_stats.dirty_sync_count, 1);
+    block.rb.clear_bmap = chunks;
+    block.rb.clear_bmap_shift = 3;
+
+    /* The chunk has been cleared: remembered */
+    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb, 0));
+    fill_pages(&block, 7, 8);
+    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb,
+                                           7 * TARGET_PAGE));
+    /* The next one had not been */
+    g_assert_false(ram_page_is_hole_precopy(&cache, &block.rb,
+                                            8 * TARGET_PAGE));
+
+    /* A sync ends it all */
+    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb, 0));
+    fill_pages(&block, 1, 1);
+    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb, TARGET_PAGE));
+    stat64_add(&mig_stats.dirty_sync_count, 1);
+    g_assert_false(ram_page_is_hole_precopy(&cache, &block.rb, TARGET_PAGE));
+
+    /* Without chunks nothing is remembered at all */
+    block.rb.clear_bmap = NULL;
+    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb,
+                                           16 * TARGET_PAGE));
+    fill_pages(&block, 17, 17);
+    g_assert_false(ram_page_is_hole_precopy(&cache, &block.rb,
+                                            17 * TARGET_PAGE));
+    test_block_destroy(&block);
+}
+
+static void test_save_lseek_refused(void)
+{
+    TestBlock block;
+    RAMHoleCache cache = { };
+    int pipes[2], fd;
+
+    test_block_init(&block);
+    g_assert_no_errno(pipe(pipes));
+    fd = block.rb.fd;
+    block.rb.fd = pipes[0];
+    stderr_capture();
+    g_assert_false(is_hole(&cache, &block, 0, 1, 64));
+    g_assert_false(is_hole(&cache, &block, 1, 1, 64));
+    g_assert_cmpint(stderr_release(), ==, 1);
+    block.rb.fd = fd;
+    close(pipes[0]);
+    close(pipes[1]);
+    test_block_destroy(&block);
+}
+
+static void test_save_unknown(void)
+{
+    TestBlock block;
+    RAMHoleCache cache = { };
+
+    machine.ram_holes = false;
+    test_block_init(&block);
+    g_assert_false(is_hole(&cache, &block, 0, 1, 64));
+    test_block_destroy(&block);
+
+    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
+                           MAP_PRIVATE, 0);
+    block.rb.host[0] = DATA;
+    g_assert_false(is_hole(&cache, &block, 0, 1, 64));
+    test_block_destroy(&block);
+}
+
+static void test_save_hugetlb(void)
+{
+    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
+    RAMHoleCache cache = { };
+    TestBlock block;
+    uint8_t byte = DATA;
+    uint8_t *other;
+
+    if (!test_block_init_hugetlb(&block)) {
+        return;
+    }
+    block.rb.page_size = HUGE_PAGE;
+    g_assert_true(is_hole(&cache, &block, 0, 1, 2 * per_huge));
+    g_assert_true(is_hole(&cache, &block, per_huge, 1, 2 * per_huge));
+    g_assert_cmpint(allocated_pages(&block), ==, 0);
+
+    /* Written by this process, and by another one, which it cannot see */
+    block.rb.host[0] = DATA;
+    other = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                 block.rb.fd, 0);
+    g_assert_true(other != MAP_FAILED);
+    other[2 * HUGE_PAGE - 1] = byte;
+    ram_hole_cache_reset(&cache);
+    g_assert_false(is_hole(&cache, &block, 0, 1, 2 * per_huge));
+    g_assert_false(is_hole(&cache, &block, per_huge - 1, 1, 2 * per_huge));
+    g_assert_false(is_hole(&cache, &block, per_huge, 1, 2 * per_huge));
+    munmap(other, 2 * HUGE_PAGE);
+    test_block_destroy(&block);
+}
+
+static void test_range_is_zero(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    g_assert_true(ram_range_is_zero(&block.rb, 0, BLOCK_SIZE));
+    fill_pages(&block, 8, 8);
+    g_assert_false(ram_range_is_zero(&block.rb, 0, BLOCK_SIZE));
+    g_assert_true(ram_range_is_zero(&block.rb, 9 * TARGET_PAGE,
+                                    BLOCK_SIZE - 9 * TARGET_PAGE));
+    memset(block.rb.host + 8 * TARGET_PAGE, 0, TARGET_PAGE);
+    g_assert_true(ram_range_is_zero(&block.rb, 0, BLOCK_SIZE));
+    g_assert_cmpint(allocated_pages(&block), ==, 1);
+    test_block_destroy(&block);
+}
+
+static void test_page_to_read(void)
+{
+    TestBlock block;
+    RAMHoleCache cache = { };
+    uint8_t *host;
+
+    test_block_init(&block);
+    host = block.rb.host;
+    machine.rb = &block.rb;
+    fill_pages(&block, 1, 1);
+
+    g_assert_true(ram_page_to_read(NULL, host, TARGET_PAGE) ==
+                  ram_zero_page());
+    g_assert_true(ram_page_to_read(NULL, host + TARGET_PAGE, TARGET_PAGE) ==
+                  host + TARGET_PAGE);
+    /* As large as a dump's pages can be, with data behind the first page */
+    g_assert_true(ram_page_to_read(&cache, host, RAM_ZERO_PAGE_SIZE) == host);
+    g_assert_true(ram_page_to_read(&cache, host + 16 * TARGET_PAGE,
+                                   RAM_ZERO_PAGE_SIZE) == ram_zero_page());
+    /* Not guest RAM */
+    g_assert_true(ram_page_to_read(NULL, &cache, 1) == &cache);
+    g_assert_cmpint(allocated_pages(&block), ==, 1);
+    test_block_destroy(&block);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -560,6 +835,8 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/keep/mlock", test_mlock);
     g_test_add_func("/ram-holes/keep/readonly-fd", test_readonly_fd);
     g_test_add_func("/ram-holes/keep/sealed", test_sealed);
+    g_test_add_func("/ram-holes/keep/virtio-mem", test_virtio_mem);
+    g_test_add_func("/ram-holes/populate/postcopy", test_postcopy);
     g_test_add_func("/ram-holes/unknown/switched-off", test_switched_off);
     g_test_add_func("/ram-holes/unknown/not-set-up", test_not_set_up);
     g_test_add_func("/ram-holes/unknown/lseek-refused", test_lseek_refused);
@@ -570,6 +847,14 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/thp", test_thp);
     g_test_add_func("/ram-holes/run", test_run);
     g_test_add_func("/ram-holes/clear-memory", test_clear_memory);
+    g_test_add_func("/ram-holes/save/cache", test_save_cache);
+    g_test_add_func("/ram-holes/save/large-page", test_save_large_page);
+    g_test_add_func("/ram-holes/save/precopy", test_save_precopy);
+    g_test_add_func("/ram-holes/save/lseek-refused", test_save_lseek_refused);
+    g_test_add_func("/ram-holes/save/unknown", test_save_unknown);
+    g_test_add_func("/ram-holes/save/hugetlb", test_save_hugetlb);
+    g_test_add_func("/ram-holes/save/range-is-zero", test_range_is_zero);
+    g_test_add_func("/ram-holes/save/page-to-read", test_page_to_read);
 
     return g_test_run();
 }

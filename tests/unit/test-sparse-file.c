@@ -171,20 +171,6 @@ static void assert_next_data(int fd, uint64_t from, uint64_t to,
     g_assert_cmphex(data.end, ==, end);
 }
 
-static void test_type(void)
-{
-    int memfd = memfd_new(PAGE, 0);
-    int pipes[2];
-
-    g_assert_cmpint(sparse_file_type(memfd), ==, SPARSE_FILE_SHMEM);
-    g_assert_cmpint(sparse_file_type(-1), ==, SPARSE_FILE_UNKNOWN);
-    g_assert_no_errno(pipe(pipes));
-    g_assert_cmpint(sparse_file_type(pipes[0]), ==, SPARSE_FILE_UNKNOWN);
-    close(pipes[0]);
-    close(pipes[1]);
-    close(memfd);
-}
-
 static void test_next_data(void)
 {
     uint64_t size = 64 * PAGE;
@@ -362,7 +348,6 @@ static void test_hugetlb(void)
         g_test_skip(why);
         return;
     }
-    g_assert_cmpint(sparse_file_type(fd), ==, SPARSE_FILE_HUGETLB);
 
     map = mmap(NULL, 2 * HUGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED) {
@@ -384,7 +369,6 @@ static void test_hugetlb(void)
 
 static void add_file_tests(void)
 {
-    g_test_add_func("/sparse-file/type", test_type);
     g_test_add_func("/sparse-file/next-data", test_next_data);
     g_test_add_func("/sparse-file/next-data/far", test_next_data_far);
     g_test_add_func("/sparse-file/next-data/refused", test_next_data_refused);
