@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The front door; `make` alone prints what there is. The work is done by the
+# scripts in scripts/, everything that is made goes below build/.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# Binaries that the tests need besides QEMU itself.
+test_binaries = tests/qtest/migration-test \
+                $(patsubst %.c,%,$(wildcard tests/unit/test-*.c))
+
+PYTHON ?= /usr/bin/python3
+export PYTHON
+
+.PHONY: help
+help: ## Print this list
+	@echo "Usage: make TARGET [QEMU_SRC=DIR] [CC=COMPILER] [JOBS=N]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "QEMU_SRC=DIR takes the QEMU 10.0.x tree in DIR (which is copied, not changed)"
+	@echo "instead of Debian's source package; it is remembered until QEMU_SRC= is said."
+
+.PHONY: deps
+deps: ## Install the Debian packages that are missing (needs root only then)
+	@scripts/deps
+
+.PHONY: source
+source: deps ## Fetch, verify and unpack QEMU's source
+	@scripts/get-source
+
+.PHONY: qemu
+qemu: deps ## Build the patched QEMU: build/10.0/patched/qemu-system-x86_64
+	@scripts/build-qemu patched
+
+.PHONY: stock
+stock: deps ## Build the same QEMU without the patches: build/10.0/stock/
+	@scripts/build-qemu stock
+
+.PHONY: demo
+demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock QEMU
+	@$(PYTHON) scripts/demo.py
+
+.PHONY: check
+check: test-binaries ## Run all tests: unit, qtest, QEMU's own, scripts, style
+	@$(PYTHON) scripts/run-tests unit qtest qemu scripts style
+
+.PHONY: check-unit
+check-unit: deps ## Run the unit tests, plain and with sanitizers (no QEMU needed)
+	@$(PYTHON) scripts/run-tests unit
+
+.PHONY: check-qtest
+check-qtest: test-binaries ## Run this project's migration tests, against patched and stock QEMU
+	@$(PYTHON) scripts/run-tests qtest
+
+.PHONY: check-qemu
+check-qemu: deps ## Run QEMU's own migration-test (its default set) on the patched build
+	@scripts/build-qemu patched $(test_binaries)
+	@$(PYTHON) scripts/run-tests qemu
+
+.PHONY: check-style
+check-style: source ## Check code, patches and scripts for style; run the scripts' tests
+	@scripts/apply-series
+	@$(PYTHON) scripts/run-tests scripts style
+
+.PHONY: test-binaries
+test-binaries: deps
+	@scripts/build-qemu patched $(test_binaries)
+	@scripts/build-qemu stock
+
+.PHONY: bench
+bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)
+	@$(PYTHON) scripts/bench.py $(BENCH_ARGS)
+
+.PHONY: clean
+clean: ## Remove what was built; the downloaded source package stays
+	@scripts/clean
+
+.PHONY: distclean
+distclean: ## Remove everything below build/
+	@scripts/clean all
