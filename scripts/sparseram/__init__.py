@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Measuring what a migration does to guest RAM that has holes.
+
+guest      starts and stops a QEMU, and talks to it
+memory     what the kernel says about guest RAM, without ever populating it
+migrate    one migration from start to end: migrate_once(config) -> Result
+report     its results as text
+operation  anything that reads all of guest RAM: measure() -> Measurement
+rows       what the benchmark measures, and its targets
+summary    its measurements as medians, tables and verdicts
+cli        what the scripts' command lines have in common
+"""
+
+
+class UserError(Exception):
+    """Something that whoever runs the script can act on; one sentence."""

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QEMU process with one memory backend, driven through QMP.
+
+QEMU's own python/qemu does the work; import_qemu() has to be called first,
+because it lies in a QEMU source tree and not on Python's path.
+"""
+
+import importlib
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Callable, Dict, Optional, Sequence
+
+from . import UserError
+from .memory import (AnonymousRam, FileRam, GuestRam, PrivateFileRam, Sample,
+                     format_size, sample)
+
+_RAM_ID = 'mem1'
+
+# The destination's KVM writes the time into the page that a guest registered
+# for its kvmclock (SeaBIOS does), and the two guests' RAM would differ there
+_KVM_CPU = ('-cpu', 'qemu64,kvmclock=off')
+
+_EXIT_TIMEOUT = 2       # seconds
+
+# Python packages of QEMU's
+_machine: Optional[ModuleType] = None
+_qmp: Optional[ModuleType] = None
+
+
+def import_qemu(path: str) -> None:
+    """Import qemu.machine from a QEMU source tree's python directory."""
+    global _machine, _qmp       # pylint: disable=global-statement
+    if not os.path.isfile(os.path.join(path, 'qemu/machine/machine.py')):
+        raise UserError(f"there is no qemu/machine in {path}: run 'make qemu' "
+                        "first, or name the python directory of a QEMU "
+                        "source tree with --qemu-python")
+    sys.dont_write_bytecode = True      # leave the source tree as it is
+    sys.path.insert(0, path)
+    _machine = importlib.import_module('qemu.machine.machine')
+    _qmp = importlib.import_module('qemu.qmp')
+    # What it logs about a guest that had to be killed, we know
+    logging.getLogger('qemu').setLevel(logging.CRITICAL)
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+
+
+def pick_accelerator() -> str:
+    """'kvm' with hardware virtualization, else 'tcg'.
+
+    /dev/kvm alone does not tell: without vmx or svm it can be there, and be
+    slower than TCG.
+    """
+    if not os.access('/dev/kvm', os.R_OK | os.W_OK):
+        return 'tcg'
+    with open('/proc/cpuinfo', encoding='ascii', errors='replace') as cpuinfo:
+        has_vmx = re.search(r'^flags\b.*\b(vmx|svm)\b', cpuinfo.read(), re.M)
+    return 'kvm' if has_vmx else 'tcg'
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kind of guest RAM.
+
+    options: of -object, without id and size.
+    find: the RAM of a running process, from its pid and the RAM's size.
+    """
+    options: str
+    find: Callable[[int, int], GuestRam]
+
+
+_MEMFD = '/memfd:memory-backend-memfd'
+SHM = '/dev/shm'
+
+
+def _find_memfd(pid: int, size: int) -> GuestRam:
+    return FileRam(pid, size, _MEMFD)
+
+
+BACKENDS = {
+    'memfd': Backend('memory-backend-memfd,share=on', _find_memfd),
+    'memfd-hugetlb': Backend(
+        'memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M',
+        _find_memfd),
+    # reserve=off here and below: as for a shared memfd, no memory is set
+    # aside for the holes
+    'memfd-private': Backend(
+        'memory-backend-memfd,share=off,reserve=off',
+        lambda pid, size: PrivateFileRam(pid, size, _MEMFD)),
+    # Given a directory, QEMU removes the file as soon as it is open
+    'shm-file': Backend(
+        f'memory-backend-file,share=on,mem-path={SHM}',
+        lambda pid, size: FileRam(pid, size, f'{SHM}/qemu_back_mem.')),
+    # merge=off: see AnonymousRam
+    'anonymous': Backend('memory-backend-ram,reserve=off,merge=off',
+                         AnonymousRam)}
+
+
+def _die_with_parent() -> Sequence[str]:
+    """Command in front of QEMU that ends it even if Python is killed."""
+    setpriv = shutil.which('setpriv')
+    return (setpriv, '--pdeathsig', 'KILL', '--') if setpriv else ()
+
+
+class GuestError(Exception):
+    """QEMU refused a command; says which and why."""
+
+
+class GuestGone(GuestError):
+    """QEMU ended, or never started; says what it printed last."""
+
+
+class Guest:
+    """One QEMU.  A context manager: starts on entry, is killed on exit."""
+
+    def __init__(self, name: str, binary: str, size: int, *,
+                 backend: str = 'memfd', accel: str = 'tcg',
+                 paused: bool = False, incoming: bool = False,
+                 extra_args: Sequence[str] = ()):
+        """
+        size: of guest RAM, in bytes
+        backend: one of BACKENDS
+        paused: do not start the virtual CPUs (-S)
+        incoming: wait for a migration (-incoming defer)
+        extra_args: for QEMU's command line, after all others
+        """
+        self.name = name
+        self._size = size
+        self._backend = backend
+        self._args = [
+            '-nodefaults', '-no-user-config',
+            '-object', f'{BACKENDS[backend].options},id={_RAM_ID},size={size}',
+            '-machine', f'q35,memory-backend={_RAM_ID},accel={accel}',
+            '-smp', '4',
+            *(_KVM_CPU if accel == 'kvm' else ()),
+            *(('-S',) if paused else ()),
+            *(('-incoming', 'defer') if incoming else ()),
+            *extra_args]
+        self._binary = binary
+        self._vm: Any = None
+        self._directory: Optional[tempfile.TemporaryDirectory] = None
+        self._pidfd = -1
+        self.pid = -1
+        self.ram: GuestRam
+
+    def __enter__(self) -> 'Guest':
+        assert _machine, 'import_qemu() was not called'
+        # pylint: disable=consider-using-with
+        self._directory = tempfile.TemporaryDirectory(prefix='sparse-ram-')
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        assert _machine and self._directory
+        self._vm = _machine.QEMUMachine(
+            self._binary, self._args, wrapper=_die_with_parent(),
+            name=self.name, base_temp_dir=self._directory.name)
+        # launch() waits half a minute for a QEMU that it could not connect to,
+        # also when it is interrupted
+        self._vm.wait = self._vm.kill
+        try:
+            self._vm.launch()
+        except (_machine.VMLaunchFailure, OSError) as err:
+            raise GuestGone(
+                f'{self.name} QEMU ({self._binary}) with '
+                f'{format_size(self._size)} of RAM did not start: '
+                f'{_last_line(self._vm.get_log()) or "it said nothing"}'
+            ) from err
+        self.pid = self._vm.get_pid() or -1
+        self._pidfd = os.pidfd_open(self.pid)
+        # Should memory run out after all, then rather this than others
+        with open(f'/proc/{self.pid}/oom_score_adj', 'w',
+                  encoding='ascii') as oom_score_adj:
+            oom_score_adj.write('1000')
+        self.ram = BACKENDS[self._backend].find(self.pid, self._size)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._vm:
+                self._vm.kill()
+        finally:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+            if self._directory:
+                self._directory.cleanup()
+
+    def kill_now(self) -> None:
+        """SIGKILL, from any thread; to be cleaned up after by __exit__."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except OSError:     # has ended, or was cleaned up after, already
+            pass
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command, return what it returns."""
+        assert _qmp
+        try:
+            return self._vm.cmd(command, **arguments)
+        except _qmp.ExecuteError as err:
+            raise GuestError(f'{self.name} QEMU: {command}: {err}') from err
+        except (_qmp.QMPError, OSError, EOFError) as err:
+            raise GuestGone(f'{self.name} QEMU {self._bury()}') from err
+
+    def _bury(self) -> str:
+        """Clean up after a QEMU that does not talk any more; says why."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll(_EXIT_TIMEOUT * 1000)     # it may not have ended yet
+        self._vm.kill()
+        exitcode = self._vm.exitcode()
+        how = (f'was killed by signal {-exitcode}' if exitcode < 0 else
+               f'ended with status {exitcode}')
+        line = _last_line(self._vm.get_log())
+        return f'{how}: {line}' if line else how
+
+    def hmp(self, line: str) -> str:
+        """Type a line into the human monitor, return what it printed."""
+        return self.qmp('human-monitor-command', command_line=line).strip()
+
+    def query_migrate(self) -> Dict[str, Any]:
+        """State of the migration, as query-migrate returns it."""
+        return self.qmp('query-migrate')
+
+    def status(self) -> str:
+        """Run state: 'running', 'paused', 'postmigrate', ..."""
+        return self.qmp('query-status')['status']
+
+    def version(self) -> str:
+        """Version of QEMU, with what its packager added."""
+        version = self.qmp('query-version')
+        qemu = version['qemu']
+        return (f'{qemu["major"]}.{qemu["minor"]}.{qemu["micro"]}'
+                f' {version["package"]}').strip()
+
+    def sample(self) -> Sample:
+        """What this process and its guest RAM have allocated."""
+        return sample(self.pid, self.ram)
+
+
+def _last_line(log: Optional[str]) -> str:
+    lines = (log or '').strip().splitlines()
+    return lines[-1] if lines else ''

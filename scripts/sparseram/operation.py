@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One operation that reads all of a guest's RAM, measured.
+
+Each kind of operation is a small class whose run() does it; measure() starts
+the guests, prepares RAM, and looks at what came of it.
+"""
+
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, Optional, Protocol, Tuple
+
+from . import memory
+from .guest import Guest
+from .memory import GIB, PAGE_SIZE, Sample
+from .migrate import (MigrationAborted, MigrationFailed, Watchdog, configure,
+                      listen, watched, why_failed)
+
+# Seconds between two looks at how far it is
+_POLL_INTERVAL = 0.02
+
+# No limit that could hide a cost (max-postcopy-bandwidth has none by default)
+_BANDWIDTH = 1 << 40            # bytes per second
+
+# Ticks per second in /proc/PID/stat
+_CLOCK_TICKS = os.sysconf('SC_CLK_TCK')
+
+
+@dataclass
+class Session:
+    """The guests of one measurement, ready for the operation.
+
+    destination: None if the operation has no use for one.
+    directory: for temporary files; removed afterwards.
+    """
+    source: Guest
+    destination: Optional[Guest]
+    watchdog: Watchdog
+    directory: str
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Poll; raises MigrationAborted when the watchdog says so."""
+        while not done():
+            if self.watchdog.tripped:
+                # Also ends what has to be cancelled: the guests are killed
+                raise MigrationAborted(self.watchdog.tripped)
+            time.sleep(_POLL_INTERVAL)
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long an operation took, in seconds.
+
+    total: as QEMU says it, or else wall.
+    wall: on our own clock, from the command until both sides are done.
+    load: on our own clock, until a guest has read the file that was written.
+    ram: statistics of the source, as query-migrate names them.
+    """
+    total: float
+    wall: float
+    load: Optional[float] = None
+    ram: Dict[str, Any] = field(default_factory=dict)
+
+
+class Operation(Protocol):
+    """Something to do with a guest."""
+
+    @property
+    def loads(self) -> bool:
+        """Whether a second guest has the first one's RAM afterwards."""
+
+    @property
+    def must_have_run(self) -> bool:
+        """Whether QEMU cannot do it to a guest that never ran."""
+
+    def run(self, session: Session) -> Times:
+        """Do it, wait until it is done."""
+
+    def file_size(self, size: int) -> int:
+        """Bytes that a guest of this size may need of the directory."""
+
+
+def _start(guest: Guest, uri: str) -> None:
+    guest.qmp('migrate', uri=uri)
+
+
+def _wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
+    """Wait until a side has completed; returns its query-migrate."""
+    info: Dict[str, Any] = {}
+
+    def done() -> bool:
+        info.clear()
+        info.update(guest.query_migrate())
+        if info.get('status') in ('failed', 'cancelled'):
+            raise MigrationFailed(why_failed(session.destination or guest,
+                                             info))
+        return info.get('status') == 'completed'
+
+    session.wait_until(done)
+    return info
+
+
+@dataclass(frozen=True)
+class OverTcp:
+    """A migration from the source to the destination, through loopback.
+
+    postcopy: switch to postcopy as soon as it has started.
+    """
+    capabilities: Tuple[str, ...] = ()
+    parameters: Dict[str, Any] = field(default_factory=dict)
+    postcopy: bool = False
+    loads = True
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        assert session.destination
+        for guest in (session.source, session.destination):
+            configure(guest, self.capabilities,
+                      {'max-bandwidth': _BANDWIDTH, **self.parameters})
+        address = listen(session.destination)
+        started = time.monotonic()
+        _start(session.source, address)
+        if self.postcopy:
+            session.source.qmp('migrate-start-postcopy')
+        info = _wait_for_migration(session, session.source)
+        _wait_for_migration(session, session.destination)
+        wall = time.monotonic() - started
+        if self.postcopy and not info['ram'].get('postcopy-bytes'):
+            raise MigrationFailed('it never switched to postcopy')
+        return Times(info['total-time'] / 1000, wall, ram=info['ram'])
+
+    def file_size(self, _: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class ToFile:
+    """A migration of the source to a file, which the destination then loads.
+
+    saving: capabilities that only the source has.
+    """
+    capabilities: Tuple[str, ...] = ()
+    saving: Tuple[str, ...] = ()
+    parameters: Dict[str, Any] = field(default_factory=dict)
+    loads = True
+
+    @property
+    def must_have_run(self) -> bool:
+        """Of a guest in "prelaunch", QEMU aborts taking a snapshot."""
+        return 'background-snapshot' in self.saving
+
+    def run(self, session: Session) -> Times:
+        assert session.destination
+        parameters = {'max-bandwidth': _BANDWIDTH, **self.parameters}
+        configure(session.source, self.capabilities + self.saving, parameters)
+        configure(session.destination, self.capabilities, parameters)
+        uri = 'file:' + os.path.join(session.directory, 'state')
+
+        started = time.monotonic()
+        _start(session.source, uri)
+        info = _wait_for_migration(session, session.source)
+        saved = time.monotonic()
+        session.destination.qmp('migrate-incoming', uri=uri)
+        _wait_for_migration(session, session.destination)
+        return Times(info['total-time'] / 1000, saved - started,
+                     time.monotonic() - saved, info['ram'])
+
+    def file_size(self, size: int) -> int:
+        # With every page sent as data, which is what mapped-ram may come to
+        return size + size // 64
+
+
+@dataclass(frozen=True)
+class Dump:
+    """dump-guest-memory, without paging.
+
+    dump_format: 'elf', 'kdump-zlib', ...
+    """
+    dump_format: str
+    loads = False
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        path = os.path.join(session.directory, 'dump')
+        started = time.monotonic()
+        session.source.qmp('dump-guest-memory', paging=False, detach=False,
+                           protocol=f'file:{path}', format=self.dump_format)
+        wall = time.monotonic() - started
+        return Times(wall, wall)
+
+    def file_size(self, size: int) -> int:
+        return size + size // 64
+
+
+@dataclass(frozen=True)
+class DirtyRate:
+    """calc-dirty-rate for one second by page sampling.
+
+    pages: to sample in each GiB of RAM.
+    """
+    pages: int
+    loads = False
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        source = session.source
+        started = time.monotonic()
+        source.qmp('calc-dirty-rate', mode='page-sampling',
+                   **{'calc-time': 1, 'sample-pages': self.pages})
+        session.wait_until(
+            lambda: source.qmp('query-dirty-rate')['status'] == 'measured')
+        wall = time.monotonic() - started
+        return Times(wall, wall)
+
+    def file_size(self, _: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What to measure.  Sizes in bytes.
+
+    fill: None for an idle guest, or n for data in every n-th page.
+    directory: where temporary files may go.
+    verify: compare the guests' RAM afterwards; takes long for a lot of data.
+    memory_floor, timeout: as in MigrateConfig.
+    """
+    binary: str
+    size: int
+    directory: str
+    backend: str = 'memfd'
+    fill: Optional[int] = None
+    accel: str = 'tcg'
+    verify: bool = True
+    extra_args: Tuple[str, ...] = ()
+    memory_floor: int = 1 * GIB
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured once.  Sizes in bytes, times in seconds.
+
+    source, destination: what was added meanwhile, by side.
+    expected_holes: pages of RAM that were holes before; None if the backend
+    does not tell, or if a hole may not be a zero page.
+    holes: what query-migrate said; None if it does not say.
+    differing_pages: None if that was not looked at.
+    """
+    version: str
+    times: Times
+    source: 'Growth'
+    destination: Optional['Growth']
+    expected_holes: Optional[int]
+    holes: Optional[int]
+    differing_pages: Optional[int]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a process has more of than before.
+
+    ram: bytes of guest RAM: of its file, or, with anonymous RAM, of the
+    process's anonymous memory.
+    page_tables: bytes.  cpu: seconds of processor time.
+    """
+    ram: int
+    page_tables: int
+    cpu: float
+
+
+def ram_growth(before: Sample, after: Sample) -> int:
+    """Bytes of guest RAM allocated meanwhile, see Growth."""
+    if before.allocated is None or after.allocated is None:
+        return after.rss_anon - before.rss_anon
+    return after.allocated - before.allocated
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds of processor time that a process has used so far."""
+    with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
+        # After the name, which may hold anything, comes field 3
+        fields = file.read().rpartition(')')[2].split()
+    return (int(fields[14 - 3]) + int(fields[15 - 3])) / _CLOCK_TICKS
+
+
+class _Meter:
+    """Remembers how a guest was, tells how it has grown."""
+
+    def __init__(self, guest: Guest):
+        self._guest = guest
+        self._before = guest.sample()
+        self._cpu = cpu_time(guest.pid)
+
+    def growth(self) -> Growth:
+        """Since this was made."""
+        after = self._guest.sample()
+        return Growth(ram_growth(self._before, after),
+                      after.page_tables - self._before.page_tables,
+                      cpu_time(self._guest.pid) - self._cpu)
+
+
+def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
+    """Pages of guest RAM that are holes and so zero, None if unknown."""
+    allocated = ram.allocated()
+    if allocated is None or backend == 'memfd-private':
+        return None
+    return (ram.size - allocated) // PAGE_SIZE
+
+
+def measure(operation: Operation, config: MeasureConfig) -> Measurement:
+    """Start a stopped guest, prepare its RAM, do it, measure, end it all.
+
+    Raises MigrationFailed or GuestError; nothing is left behind then either.
+    """
+    def guest(name: str, **more: Any) -> Guest:
+        return Guest(name, config.binary, config.size, backend=config.backend,
+                     accel=config.accel, paused=True,
+                     extra_args=config.extra_args, **more)
+
+    with ExitStack() as stack:
+        # Entered first, removed last: no guest writes there any more
+        directory = stack.enter_context(tempfile.TemporaryDirectory(
+            prefix='tmp-', dir=config.directory))
+        guests = [stack.enter_context(guest('source'))]
+        if operation.loads:
+            guests += [stack.enter_context(guest('destination',
+                                                 incoming=True))]
+        watchdog = stack.enter_context(
+            watched(guests, config.memory_floor, config.timeout))
+        if operation.must_have_run:
+            guests[0].qmp('cont')
+            guests[0].qmp('stop')
+        if config.fill:
+            memory.fill(guests[0].ram, config.fill)
+        expected = count_holes(guests[0].ram, config.backend)
+        meters = [_Meter(each) for each in guests]
+        times = operation.run(Session(
+            guests[0], guests[1] if operation.loads else None, watchdog,
+            directory))
+        growths = [meter.growth() for meter in meters]
+        measured = Measurement(
+            version=guests[0].version(), times=times,
+            source=growths[0],
+            destination=growths[1] if operation.loads else None,
+            expected_holes=expected,
+            holes=times.ram.get('holes'),
+            differing_pages=_differing_pages(guests, config.verify))
+    return measured
+
+
+def _differing_pages(guests: Iterable[Guest], verify: bool) -> Optional[int]:
+    rams = [guest.ram for guest in guests]
+    if not verify or len(rams) != 2:
+        return None
+    return memory.compare(*rams).differing_pages

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the benchmark measures: its rows, and what each of them shall reach."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import List, Optional, Sequence, Tuple
+
+from .memory import GIB, MIB
+from .operation import DirtyRate, Dump, Operation, OverTcp, ToFile
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the two things that a row compares.
+
+    qemu: 'stock' or 'patched'; backend: one of guest.BACKENDS.
+    """
+    label: str
+    qemu: str
+    backend: str = 'memfd'
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """A target: the median of a metric of the subject has this limit.
+
+    strict: the limit itself is too much already.
+    metric, and what follows, as in summary.METRICS.
+    """
+    metric: str
+    limit: float
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class RatioAtMost:
+    """A target: the subject's median over the baseline's."""
+    metric: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class HolesAreRight:
+    """A target: query-migrate tells as many holes as there were."""
+
+
+# Which size of guest RAM a row takes from the command line
+IDLE = 'idle'
+FULL = 'full'
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two variants of one operation, to be measured in turns.
+
+    what: in words, for people.
+    guest: IDLE or FULL.  fill: as in MeasureConfig.
+    largest: bytes of RAM at most, whatever was asked for; why: the reason.
+    needs_direct_io: of the file system that the files are on.
+    """
+    name: str
+    what: str
+    operation: Operation
+    baseline: Variant
+    subject: Variant
+    guest: str = IDLE
+    fill: Optional[int] = None
+    largest: Optional[int] = None
+    why: str = ''
+    needs_direct_io: bool = False
+    targets: Tuple[object, ...] = ()
+
+    @property
+    def variants(self) -> Tuple[Variant, Variant]:
+        """Both of them, the baseline first."""
+        return self.baseline, self.subject
+
+
+def stock_and_patched(backend: str) -> Tuple[Variant, Variant]:
+    """The usual two variants, with one backend."""
+    return (Variant('stock', 'stock', backend),
+            Variant('patched', 'patched', backend))
+
+
+SOURCE_STAYS = AtMost('source_growth', 16 * MIB)
+DESTINATION_STAYS = AtMost('destination_growth', 16 * MIB)
+SOURCE_TABLES = AtMost('source_page_tables', 1 * MIB, strict=True)
+DESTINATION_TABLES = AtMost('destination_page_tables', 1 * MIB, strict=True)
+
+# Of what only reads RAM; of what also sends it; of a precopy migration
+_READS = (SOURCE_STAYS, SOURCE_TABLES)
+_MIGRATES = (*_READS, DESTINATION_TABLES, HolesAreRight())
+_PRECOPY = (*_MIGRATES, DESTINATION_STAYS)
+
+
+def _growth(name: str, what: str, operation: Operation,
+            targets: Sequence[object], backend: str = 'memfd',
+            largest: Optional[int] = None, why: str = '',
+            needs_direct_io: bool = False) -> Row:
+    baseline, subject = stock_and_patched(backend)
+    return Row(name, what, operation, baseline, subject, largest=largest,
+               why=why, needs_direct_io=needs_direct_io,
+               targets=tuple(targets))
+
+
+_MAPPED_RAM = ('mapped-ram',)
+_MAPPED_RAM_MULTIFD = ('mapped-ram', 'multifd')
+
+# Of an idle guest
+GROWTH: Tuple[Row, ...] = (
+    _growth('precopy', 'precopy over tcp', OverTcp(), _PRECOPY),
+    _growth('xbzrle', 'precopy over tcp, xbzrle', OverTcp(('xbzrle',)),
+            _PRECOPY),
+    _growth('multifd', 'multifd, zero-page-detection=multifd',
+            OverTcp(('multifd',), {'zero-page-detection': 'multifd'}),
+            _PRECOPY),
+    _growth('multifd-legacy', 'multifd, zero-page-detection=legacy',
+            OverTcp(('multifd',), {'zero-page-detection': 'legacy'}),
+            _PRECOPY),
+    # Every page is sent as data, so that the destination has to fill up
+    _growth('multifd-none', 'multifd, zero-page-detection=none',
+            OverTcp(('multifd',), {'zero-page-detection': 'none'}), _READS),
+    _growth('postcopy', 'postcopy at once',
+            OverTcp(('postcopy-ram',), postcopy=True), _MIGRATES),
+    _growth('postcopy-preempt', 'postcopy at once, postcopy-preempt',
+            OverTcp(('postcopy-ram', 'postcopy-preempt'), postcopy=True),
+            _MIGRATES),
+    _growth('file', 'to a file', ToFile(), _MIGRATES),
+    _growth('mapped-ram', 'to a file, mapped-ram', ToFile(_MAPPED_RAM),
+            _MIGRATES),
+    _growth('mapped-ram-multifd', 'to a file, mapped-ram, multifd',
+            ToFile(_MAPPED_RAM_MULTIFD), _MIGRATES),
+    _growth('mapped-ram-direct-io',
+            'to a file, mapped-ram, multifd, direct-io',
+            ToFile(_MAPPED_RAM_MULTIFD, parameters={'direct-io': True}),
+            _MIGRATES, needs_direct_io=True),
+    _growth('background-snapshot', 'to a file, background-snapshot',
+            ToFile(saving=('background-snapshot',)), _MIGRATES),
+    _growth('dump-elf', 'dump-guest-memory, raw ELF', Dump('elf'), _READS,
+            largest=2 * GIB, why='raw ELF writes every zero to the disk'),
+    _growth('dump-kdump-zlib', 'dump-guest-memory, kdump-zlib',
+            Dump('kdump-zlib'), _READS),
+    # With the default of 512 pages even reading them all makes little
+    _growth('dirty-rate', 'calc-dirty-rate, page-sampling, 4096 pages a GiB',
+            DirtyRate(4096), _READS),
+    _growth('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages',
+            OverTcp(), _PRECOPY, 'memfd-hugetlb', largest=2 * GIB,
+            why='huge pages are few'),
+    # A hole in the file of a private mapping need not be a zero page, so that
+    # what can be done has no target
+    _growth('private', 'precopy over tcp, memfd share=off', OverTcp(), (),
+            'memfd-private'),
+    _growth('shm-file', 'precopy over tcp, memory-backend-file on /dev/shm',
+            OverTcp(), _PRECOPY, 'shm-file'),
+    _growth('anonymous', 'precopy over tcp, memory-backend-ram', OverTcp(),
+            (), 'anonymous'))
+
+
+def _speed(name: str, what: str, variants: Tuple[Variant, Variant],
+           limit: float, guest: str = FULL, fill: Optional[int] = None,
+           holes: bool = False) -> Row:
+    baseline, subject = variants
+    targets: Tuple[object, ...] = (RatioAtMost('total_time', limit),)
+    if holes:
+        targets += (HolesAreRight(),)
+    return Row(name, what, OverTcp(), baseline, subject, guest, fill,
+               targets=targets)
+
+
+# Precopy over tcp
+SPEED: Tuple[Row, ...] = (
+    _speed('speed-full', 'full of data', stock_and_patched('memfd'), 1.02,
+           fill=1, holes=True),
+    _speed('speed-alternate', 'data in every second page',
+           stock_and_patched('memfd'), 1.0, fill=2, holes=True),
+    _speed('speed-anonymous-idle', 'memory-backend-ram, idle',
+           stock_and_patched('anonymous'), 1.02, IDLE),
+    _speed('speed-anonymous-full', 'memory-backend-ram, full of data',
+           stock_and_patched('anonymous'), 1.02, fill=1),
+    _speed('speed-memfd', 'idle memfd over idle memory-backend-ram',
+           (Variant('anonymous', 'patched', 'anonymous'),
+            Variant('memfd', 'patched', 'memfd')), 1.0, IDLE))
+
+
+def select(rows: Sequence[Row], patterns: Sequence[str]) -> List[Row]:
+    """The rows whose name matches any pattern; all if there is none.
+
+    A pattern is as the shell's for files.
+    """
+    return [row for row in rows
+            if not patterns or any(fnmatchcase(row.name, pattern)
+                                   for pattern in patterns)]

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Measurements of the benchmark as medians, tables and verdicts."""
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from .memory import MIB, format_size
+from .operation import Measurement
+from .report import rst_table
+from .rows import AtMost, HolesAreRight, RatioAtMost, Row
+
+Metric = Callable[[Measurement], Optional[float]]
+
+
+def _of_destination(field_name: str) -> Metric:
+    return lambda m: (getattr(m.destination, field_name)
+                      if m.destination else None)
+
+
+def _cpu_time(measurement: Measurement) -> float:
+    """Of both sides."""
+    sides = measurement.source, measurement.destination
+    return sum(side.cpu for side in sides if side)
+
+
+# Sizes in bytes, times in seconds, None where there is nothing to measure
+METRICS: Dict[str, Metric] = {
+    'source_growth': lambda m: m.source.ram,
+    'destination_growth': _of_destination('ram'),
+    'source_page_tables': lambda m: m.source.page_tables,
+    'destination_page_tables': _of_destination('page_tables'),
+    'total_time': lambda m: m.times.total,
+    'wall_time': lambda m: m.times.wall,
+    'load_time': lambda m: m.times.load,
+    'cpu_time': _cpu_time,
+    'expected_holes': lambda m: m.expected_holes,
+    'holes': lambda m: m.holes}
+
+_RATIOS = ('total_time', 'wall_time', 'load_time', 'cpu_time')
+
+_NAMES = {'source_growth': 'source growth',
+          'destination_growth': 'destination growth',
+          'source_page_tables': 'source page tables',
+          'destination_page_tables': 'destination page tables',
+          'total_time': 'total time'}
+
+# Not '-', which is a list in reStructuredText
+NOTHING = 'n/a'
+
+
+@dataclass
+class RowResult:
+    """All that was measured of a row.
+
+    size: bytes of guest RAM; wanted: those that it should have had.
+    runs: by the variant's label, in the order in which they were done.
+    failures: by label, what went wrong with that variant.
+    skipped: why nothing was measured.
+    """
+    row: Row
+    size: int
+    wanted: int
+    runs: Dict[str, List[Measurement]] = field(default_factory=dict)
+    failures: Dict[str, str] = field(default_factory=dict)
+    skipped: Optional[str] = None
+
+    def values(self, label: str, metric: str) -> List[float]:
+        """One value a run."""
+        values = (METRICS[metric](run) for run in self.runs.get(label, ()))
+        return [value for value in values if value is not None]
+
+    def median(self, label: str, metric: str) -> Optional[float]:
+        """None if there is no value."""
+        values = self.values(label, metric)
+        return statistics.median(values) if values else None
+
+    def ratio(self, metric: str) -> Optional[float]:
+        """The subject's median over the baseline's, None if there is none."""
+        baseline = self.median(self.row.baseline.label, metric)
+        subject = self.median(self.row.subject.label, metric)
+        return subject / baseline if baseline and subject is not None else None
+
+    def spread(self, metric: str) -> Optional[float]:
+        """The larger interquartile range of the two, as part of the median.
+
+        How far a ratio is to be trusted.  None with less than two runs.
+        """
+        return max((spread for spread in
+                    (_spread(self.values(variant.label, metric))
+                     for variant in self.row.variants)
+                    if spread is not None), default=None)
+
+
+def _spread(values: Sequence[float]) -> Optional[float]:
+    if len(values) < 2 or not statistics.median(values):
+        return None
+    quartiles = statistics.quantiles(values, n=4, method='inclusive')
+    return (quartiles[2] - quartiles[0]) / statistics.median(values)
+
+
+# Verdicts
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target, and whether it was reached.
+
+    size: bytes of guest RAM.
+    met: None if it was not measured.
+    """
+    row: str
+    size: int
+    target: str
+    measured: str
+    met: Optional[bool]
+
+    @property
+    def word(self) -> str:
+        """For people."""
+        if self.met is None:
+            return 'not measured'
+        return 'met' if self.met else 'missed'
+
+
+def judge(result: RowResult) -> List[Verdict]:
+    """One verdict for every target of the row."""
+    return [_judge(result, target) for target in result.row.targets]
+
+
+def _judge(result: RowResult, target: object) -> Verdict:
+    met: Optional[bool]
+    if isinstance(target, AtMost):
+        text = (f'{_NAMES[target.metric]} {"<" if target.strict else "<="} '
+                f'{format_size(int(target.limit))}')
+        value = result.median(result.row.subject.label, target.metric)
+        measured = f'{_mib(value)} MiB'
+        met = value is not None and (value < target.limit or
+                                     value == target.limit
+                                     and not target.strict)
+    elif isinstance(target, RatioAtMost):
+        text = (f'{_NAMES[target.metric]}, {result.row.subject.label} over '
+                f'{result.row.baseline.label} <= {target.limit:.2f}')
+        value = result.ratio(target.metric)
+        measured = _ratio(value)
+        met = value is not None and value <= target.limit
+    elif isinstance(target, HolesAreRight):
+        text = 'holes = the holes there were'
+        label = result.row.subject.label
+        value = result.median(label, 'expected_holes')
+        measured = _holes(result, label)
+        met = value is not None and all(
+            run.holes == run.expected_holes for run in result.runs[label])
+    else:
+        raise TypeError(target)
+    if value is None:
+        measured, met = NOTHING, None
+    return Verdict(result.row.name, result.size, text, measured, met)
+
+
+# Text
+
+def _mib(value: Optional[float]) -> str:
+    return NOTHING if value is None else f'{value / MIB:.1f}'
+
+
+def _seconds(value: Optional[float]) -> str:
+    return NOTHING if value is None else f'{value:.3f}'
+
+
+def _ratio(value: Optional[float]) -> str:
+    return NOTHING if value is None else f'{value:.3f}'
+
+
+def _percent(value: Optional[float]) -> str:
+    return NOTHING if value is None else f'{value * 100:.1f} %'
+
+
+def _holes(result: RowResult, label: str) -> str:
+    """What query-migrate told of what there was, of the worst run."""
+    runs = [run for run in result.runs.get(label, ())
+            if run.times.ram and run.expected_holes is not None]
+    if not runs:
+        return NOTHING
+    if any(run.holes is None for run in runs):
+        return 'absent'
+    worst = max(runs, key=lambda run: abs((run.holes or 0) -
+                                          (run.expected_holes or 0)))
+    return f'{worst.holes} of {worst.expected_holes}'
+
+
+def growth_table(results: Sequence[RowResult]) -> str:
+    """Two lines a row, of the rows in which RAM grows."""
+    header = ('row', 'guest RAM', 'QEMU', 'source, MiB', 'dest., MiB',
+              'source PTE, MiB', 'dest. PTE, MiB', 'total, s', 'load, s',
+              'holes', 'runs')
+    return rst_table(header, [_growth_line(result, variant.label)
+                              for result in results
+                              for variant in result.row.variants])
+
+
+def _growth_line(result: RowResult, label: str) -> List[str]:
+    def median(metric: str) -> Optional[float]:
+        return result.median(label, metric)
+
+    return [result.row.name, format_size(result.size), label,
+            _mib(median('source_growth')),
+            _mib(median('destination_growth')),
+            _mib(median('source_page_tables')),
+            _mib(median('destination_page_tables')),
+            _seconds(median('total_time')), _seconds(median('load_time')),
+            _holes(result, label), str(len(result.runs.get(label, ())))]
+
+
+def speed_table(results: Sequence[RowResult]) -> str:
+    """One line a row, of the rows about speed."""
+    header = ('row', 'what', 'guest RAM', 'compared', 'total, s', 'ratio',
+              'spread', 'CPU ratio', 'runs')
+    return rst_table(header, [_speed_line(result) for result in results])
+
+
+def _speed_line(result: RowResult) -> List[str]:
+    baseline, subject = (variant.label for variant in result.row.variants)
+    return [result.row.name, result.row.what, format_size(result.size),
+            f'{subject} over {baseline}',
+            f'{_seconds(result.median(subject, "total_time"))} / '
+            f'{_seconds(result.median(baseline, "total_time"))}',
+            _ratio(result.ratio('total_time')),
+            _percent(result.spread('total_time')),
+            _ratio(result.ratio('cpu_time')),
+            str(min(len(result.runs.get(label, ()))
+                    for label in (baseline, subject)))]
+
+
+def targets_table(verdicts: Sequence[Verdict]) -> str:
+    """One line a target."""
+    return rst_table(('row', 'guest RAM', 'target', 'measured', 'verdict'),
+                     [(verdict.row, format_size(verdict.size), verdict.target,
+                       verdict.measured, verdict.word)
+                      for verdict in verdicts])
+
+
+def notes(results: Sequence[RowResult]) -> List[str]:
+    """What has to be known about the tables, one sentence each."""
+    said = []
+    for result in results:
+        name = result.row.name
+        if result.skipped:
+            said.append(f'{name}: skipped, {result.skipped}.')
+        elif result.size < result.wanted:
+            said.append(f'{name}: {format_size(result.size)} instead of '
+                        f'{format_size(result.wanted)}, {_smaller(result)}.')
+        said += [f'{name}: {label} FAILED, {failure}'
+                 for label, failure in result.failures.items()]
+    return said
+
+
+def _smaller(result: RowResult) -> str:
+    if result.row.largest and result.size >= result.row.largest:
+        return result.row.why
+    return 'because no more fits this machine at the moment'
+
+
+# JSON
+
+def as_dict(result: RowResult) -> Dict[str, Any]:
+    """For JSON: every run, and what follows from them."""
+    row = result.row
+    verdicts: List[Tuple[Verdict, object]] = []
+    if not result.skipped:
+        verdicts = list(zip(judge(result), row.targets))
+    return {
+        'name': row.name, 'what': row.what, 'guest': row.guest,
+        'operation': {'kind': type(row.operation).__name__,
+                      **vars(row.operation)},
+        'fill': row.fill, 'size': result.size, 'wanted_size': result.wanted,
+        'skipped': result.skipped, 'failures': result.failures,
+        'baseline': asdict(row.baseline), 'subject': asdict(row.subject),
+        'runs': {label: [{**asdict(run),
+                          'metrics': {name: metric(run)
+                                      for name, metric in METRICS.items()}}
+                         for run in runs]
+                 for label, runs in result.runs.items()},
+        'medians': {label: {name: result.median(label, name)
+                            for name in METRICS} for label in result.runs},
+        'ratios': {name: result.ratio(name) for name in _RATIOS},
+        'spreads': {name: result.spread(name) for name in _RATIOS},
+        'targets': [{'kind': type(target).__name__, **vars(target),
+                     'target': verdict.target, 'measured': verdict.measured,
+                     'met': verdict.met} for verdict, target in verdicts]}
