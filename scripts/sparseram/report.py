@@ -75,10 +75,16 @@ def _sentence(name: str, result: Result) -> str:
     if growth is None:
         raise ValueError('the destination has no file')
     version = result.destination_version.split()[0]
-    return (f'With {name} QEMU {version}, a guest of '
+    build, _, capability = name.partition(', ')
+    given = f' and the capability {capability}' if capability else ''
+    source = ''
+    if result.source_growth is not None:
+        source = f'its source grow by {mib(result.source_growth)} MiB and '
+    return (f'With {build} QEMU {version}{given}, a guest of '
             f'{format_size(result.config.size)} that had '
-            f'{mib(result.source_holds)} MiB of data made its destination '
-            f'allocate {mib(growth)} MiB.')
+            f'{mib(result.source_holds)} MiB of data made {source}'
+            f'its destination grow by {mib(growth)} MiB, in '
+            f'{result.total_time:.1f} seconds.')
 
 
 def machine() -> Dict[str, Any]:

@@ -310,7 +310,7 @@ class Report(unittest.TestCase):
         self.assertIn('NO', table)
         words = report.in_words(results).replace('\n', ' ')
         self.assertIn('1 GiB that had 64 MiB of data', words)
-        self.assertIn('allocate 1024 MiB', words)
+        self.assertIn('its destination grow by 1024 MiB', words)
 
 
 class WatchdogTest(unittest.TestCase):
