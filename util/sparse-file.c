@@ -11,6 +11,7 @@
 #include "qemu/units.h"
 
 #ifdef CONFIG_LINUX
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <linux/falloc.h>
 #endif
@@ -69,15 +70,38 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
 
 #define SYSFS_THP "/sys/kernel/mm/transparent_hugepage/"
 
-int sparse_file_next_data(int fd, const SparseRange *within,
-                          SparseRange *data)
+int sparse_file_is_zero(int fd, const SparseRange *range)
+{
+    uint8_t buf[16 * KiB];
+    uint64_t offset = range->start;
+
+    while (offset < range->end) {
+        size_t size = MIN(sizeof(buf), range->end - offset);
+        ssize_t len = RETRY_ON_EINTR(pread(fd, buf, size, offset));
+
+        if (len < 0) {
+            return -errno;
+        }
+        if (len == 0) {
+            break;
+        }
+        if (!buffer_is_zero(buf, len)) {
+            return 0;
+        }
+        offset += len;
+    }
+    return 1;
+}
+
+/*
+ * What lseek() calls data, and what it calls a hole in front of that.  Pages
+ * that are called a hole may have data for a moment, see cut_hole().
+ */
+static int seek_data(int fd, const SparseRange *within, SparseRange *data)
 {
     off_t start, end;
 
     *data = (SparseRange) { .start = within->end, .end = within->end };
-    if (sparse_range_is_empty(within)) {
-        return 0;
-    }
 
     start = lseek(fd, within->start, SEEK_DATA);
     if (start < 0) {
@@ -101,27 +125,127 @@ int sparse_file_next_data(int fd, const SparseRange *within,
     return 0;
 }
 
-int sparse_file_is_zero(int fd, const SparseRange *range)
+/* Linux 6.5, include/uapi/linux/mman.h; not in the headers of older systems */
+#ifndef __NR_cachestat
+#define __NR_cachestat 451
+#endif
+
+/*
+ * How many pages of a part of a file the kernel has, in memory or swapped out,
+ * whatever their state.  Less than 0 if it cannot tell.
+ */
+static int64_t count_pages(int fd, uint64_t start, uint64_t end)
 {
-    uint8_t buf[16 * KiB];
-    uint64_t offset = range->start;
+    struct {
+        uint64_t off;
+        uint64_t len;
+    } range = { start, end - start };
+    struct {
+        uint64_t nr_cache;
+        uint64_t nr_dirty;
+        uint64_t nr_writeback;
+        uint64_t nr_evicted;
+        uint64_t nr_recently_evicted;
+    } stat;
 
-    while (offset < range->end) {
-        size_t size = MIN(sizeof(buf), range->end - offset);
-        ssize_t len = RETRY_ON_EINTR(pread(fd, buf, size, offset));
+    /* A length of 0 would mean the rest of the file */
+    assert(start < end);
+    if (syscall(__NR_cachestat, fd, &range, &stat, 0) < 0) {
+        return -errno;
+    }
+    return stat.nr_cache + stat.nr_evicted;
+}
 
-        if (len < 0) {
-            return -errno;
-        }
-        if (len == 0) {
+/*
+ * @hole is not all hole: find its first page.  Set @hole to what is in front,
+ * and @data to pages from there on that are all populated.
+ */
+static void find_first_page(int fd, SparseRange *hole, SparseRange *data)
+{
+    uint64_t page_size = qemu_real_host_page_size();
+    uint64_t low = hole->start, high = hole->end, end = hole->end;
+
+    while (high - low > page_size) {
+        uint64_t middle = QEMU_ALIGN_DOWN(low + (high - low) / 2, page_size);
+
+        if (middle <= low) {
             break;
         }
-        if (!buffer_is_zero(buf, len)) {
-            return 0;
+        if (count_pages(fd, low, middle) == 0) {
+            low = middle;
+        } else {
+            high = middle;
         }
-        offset += len;
     }
-    return 1;
+    hole->end = low;
+    data->start = low;
+    data->end = MIN(low + page_size, end);
+    while (data->end < end) {
+        uint64_t longer = MIN(low + 2 * (data->end - low), end);
+
+        if (count_pages(fd, low, longer) * page_size != longer - low) {
+            break;
+        }
+        data->end = longer;
+    }
+}
+
+/* As much as is read at once where the kernel cannot count pages */
+#define READ_MAX (2 * MiB)
+
+/*
+ * Cut @hole, which comes from lseek(), where it really ends; what follows then
+ * goes into @data.
+ *
+ * lseek() takes a page that is not up to date for a hole, and does not wait for
+ * the lock that whoever works on the page holds (Linux, folio_seek_hole_data()
+ * in mm/filemap.c).  A populated page looks like that for a moment while it is
+ * moved, by compaction or NUMA balancing: the new page is in the file before
+ * its flags are (__migrate_folio() in mm/migrate.c).  And a page that has been
+ * preallocated with fallocate() looks like that until it is accessed.
+ */
+static int cut_hole(int fd, SparseRange *hole, SparseRange *data)
+{
+    int64_t pages = count_pages(fd, hole->start, hole->end);
+    int ret;
+
+    if (pages == 0) {
+        return 0;
+    }
+    if (pages > 0) {
+        find_first_page(fd, hole, data);
+        return 0;
+    }
+
+    /* Before Linux 6.5.  Reading waits for the lock of a page. */
+    if (sparse_range_length(hole) > READ_MAX) {
+        hole->end = hole->start + READ_MAX;
+        *data = (SparseRange) { .start = hole->end, .end = hole->end };
+    }
+    ret = sparse_file_is_zero(fd, hole);
+    if (ret == 0) {
+        *data = *hole;
+        hole->end = hole->start;
+    }
+    return MIN(ret, 0);
+}
+
+int sparse_file_next_data(int fd, const SparseRange *within,
+                          SparseRange *data)
+{
+    SparseRange hole = *within;
+    int ret;
+
+    if (sparse_range_is_empty(within)) {
+        *data = *within;
+        return 0;
+    }
+    ret = seek_data(fd, within, data);
+    if (ret < 0) {
+        return ret;
+    }
+    hole.end = data->start;
+    return sparse_range_is_empty(&hole) ? 0 : cut_hole(fd, &hole, data);
 }
 
 int sparse_file_punch(int fd, const SparseRange *range)

@@ -91,12 +91,14 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
  * @fd: a file on tmpfs
  * @within: the part to search
  * @data: set to the first extent of data, cut off at the end of @within; set
- *        to an empty range at the end of @within if all of it is a hole
+ *        to an empty range at the end of @within if all of it is a hole, and
+ *        to an empty range further in front if the search has to go on there
  *
- * Pages that have been swapped out are data.  Everything between
- * @within->start and @data->start was a hole, and read as zero, when the
- * function was called.  The position of @fd, which nothing in QEMU uses for
- * such files, changes.
+ * Everything between @within->start and @data->start was a hole, and read as
+ * zero, when the function was called.  Pages that have been swapped out are
+ * data, and no page with data is ever missed; but what is called data may still
+ * be a hole or zero.  The position of @fd, which nothing in QEMU uses for such
+ * files, changes.
  *
  * Returns 0, or a negative errno value if the kernel refuses to tell.
  */

@@ -210,6 +210,46 @@ static void test_next_data_far(void)
     close(fd);
 }
 
+/*
+ * lseek() says that a preallocated page is a hole until it is accessed, as it
+ * does for a moment of one with data that is being moved.  Only the first kind
+ * can be made at will; it has to be taken for data as well.
+ */
+static void test_next_data_not_uptodate(void)
+{
+    uint64_t size = 64 * PAGE;
+    int fd = memfd_new(size, 0);
+    SparseRange within = { 0, size };
+    SparseRange data;
+
+    g_assert_no_errno(fallocate(fd, 0, 7 * PAGE, 5 * PAGE));
+    g_assert_cmpint(allocated(fd), ==, 5 * PAGE);
+    g_assert_cmpint(lseek(fd, 0, SEEK_DATA), ==, -1);
+
+    g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+    if (sparse_range_is_empty(&data)) {
+        /* What the kernel cannot count has been read, and is zero */
+        g_test_skip("the kernel has no cachestat()");
+    } else {
+        g_assert_cmphex(data.start, ==, 7 * PAGE);
+        g_assert_cmphex(data.end, >, 7 * PAGE);
+        g_assert_cmphex(data.end, <=, 12 * PAGE);
+
+        within.start = 11 * PAGE;
+        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+        g_assert_cmphex(data.start, ==, 11 * PAGE);
+        g_assert_cmphex(data.end, ==, 12 * PAGE);
+
+        /* In front of what is data anyway */
+        write_bytes(fd, 20 * PAGE, 1, 1);
+        assert_next_data(fd, 12 * PAGE, size, 20 * PAGE, 21 * PAGE);
+        within.start = 0;
+        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+        g_assert_cmphex(data.start, ==, 7 * PAGE);
+    }
+    close(fd);
+}
+
 static void test_next_data_refused(void)
 {
     SparseRange within = { 0, PAGE };
@@ -371,6 +411,8 @@ static void add_file_tests(void)
 {
     g_test_add_func("/sparse-file/next-data", test_next_data);
     g_test_add_func("/sparse-file/next-data/far", test_next_data_far);
+    g_test_add_func("/sparse-file/next-data/not-uptodate",
+                    test_next_data_not_uptodate);
     g_test_add_func("/sparse-file/next-data/refused", test_next_data_refused);
     g_test_add_func("/sparse-file/is-zero", test_is_zero);
     g_test_add_func("/sparse-file/punch", test_punch);

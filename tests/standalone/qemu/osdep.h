@@ -26,6 +26,7 @@
 #include <glib.h>
 
 #define ARRAY_SIZE(x) G_N_ELEMENTS(x)
+#define QEMU_ALIGN_DOWN(n, m) ((n) / (m) * (m))
 /* The C library has a macro for this as well, which may be more complete. */
 #undef RETRY_ON_EINTR
 #define RETRY_ON_EINTR(expr) TEMP_FAILURE_RETRY(expr)
