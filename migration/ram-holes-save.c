@@ -10,8 +10,6 @@
 #include "qemu/osdep.h"
 #include "exec/target_page.h"
 #include "qemu/cutils.h"
-#include "migration-stats.h"
-#include "qemu/stats64.h"
 #include "ram-holes.h"
 
 static bool range_contains(const SparseRange *range, const SparseRange *part)
@@ -131,7 +129,7 @@ bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
                               ram_addr_t offset)
 {
     size_t page_size = qemu_target_page_size();
-    uint64_t sync_count, chunk_size, limit;
+    uint64_t chunk_size, limit;
 
     if (!ram_block_holes_known(rb)) {
         return false;
@@ -155,14 +153,10 @@ bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
      * The second point also needs that no sync comes between the write and
      * the use: that sync would move the dirty bit to the migration bitmap and
      * the chunk would be cleared again, at a C' after T.  So everything is
-     * forgotten when a sync has begun.
+     * forgotten where the bit is moved, in ramblock_sync_dirty_bitmap(), and
+     * under the same lock under which it is used: another thread can sync while
+     * the migration thread is in the middle of a chunk (cpu-throttle.c).
      */
-    sync_count = stat64_get(&mig_stats.dirty_sync_count);
-    if (cache->sync_count != sync_count) {
-        ram_hole_cache_reset(cache);
-        cache->sync_count = sync_count;
-    }
-
     chunk_size = page_size;
     if (rb->clear_bmap) {
         chunk_size <<= rb->clear_bmap_shift;

@@ -170,8 +170,6 @@ typedef struct RAMHoleCache {
     RAMBlock *rb;
     SparseRange hole;
     SparseRange data;
-    /* Number of the dirty bitmap sync that all this came after */
-    uint64_t sync_count;
 } RAMHoleCache;
 
 /* Forget everything. */
@@ -200,8 +198,10 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
 /**
  * ram_page_is_hole_precopy: the same for the thread that searches dirty pages
  *
- * Knows what may be remembered and when it has to be forgotten.  To be called
- * after migration_bitmap_clear_dirty() for the page.
+ * Knows what may be remembered.  To be called after
+ * migration_bitmap_clear_dirty() for the page, and, unless the guest is stopped,
+ * with the bitmap_mutex held; the cache has to be reset, with the same mutex
+ * held, whenever a sync has moved dirty bits to the migration bitmap.
  */
 bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
                               ram_addr_t offset);
