@@ -1,0 +1,882 @@
+/*
+ * QTest testcases for sparse guest RAM: everything else that reads it
+ *
+ * sparse-tests.c has what arrives on the destination.  Here are the other ways
+ * in which guest RAM leaves QEMU: none of them may allocate what is a hole, and
+ * each has to bring the content over.
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include <elf.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include "libqtest.h"
+#include "migration/framework.h"
+#include "migration/migration-qmp.h"
+#include "migration/migration-util.h"
+#include "migration/sparse-util.h"
+#include "qemu/bitmap.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+
+/* What may be in a file besides the data of the guest's main memory */
+#define FILE_SLACK (3 * MiB)
+
+/* What is below the first MiB of a PC is RAM only up to here */
+#define PC_BASE_MEMORY_END (640 * KiB)
+
+typedef enum SparseTransport {
+    TRANSPORT_TCP,
+    TRANSPORT_POSTCOPY,
+    TRANSPORT_FILE,
+} SparseTransport;
+
+typedef enum SparseFile {
+    FILE_ANY,
+    FILE_SPARSE,        /* zero pages take no space */
+} SparseFile;
+
+typedef struct ModeCase {
+    /* Path below /migration/sparse/modes */
+    const char *name;
+    SparseTransport transport;
+    SparseBackend backend;
+    SparsePattern pattern;
+    /* Set on both sides */
+    const char *capabilities[4];
+    const char *zero_page_detection;
+    const char *compression;
+    bool direct_io;
+    /* Only on the source: capability background-snapshot */
+    bool snapshot;
+
+    RamGrowth source;
+    HoleCount holes;
+    SparseFile file;
+    /* No zero page is allocated on the destination */
+    bool sparse_destination;
+} ModeCase;
+
+static const ModeCase mode_cases[] = {
+    /*
+     * Without zero page detection holes are sent as data, and are data on the
+     * destination.
+     */
+    {
+        .name = "none/precopy",
+        .pattern = PATTERN_MIXED,
+        .zero_page_detection = "none",
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+        .name = "none/multifd",
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .zero_page_detection = "none",
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+        .name = "none/multifd-zlib",
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .zero_page_detection = "none",
+        .compression = "zlib",
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+#ifdef CONFIG_ZSTD
+        .name = "none/multifd-zstd",
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .zero_page_detection = "none",
+        .compression = "zstd",
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+#endif
+        .name = "none/hugetlb/precopy",
+        .backend = BACKEND_HUGETLB,
+        .pattern = PATTERN_MIXED,
+        .zero_page_detection = "none",
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+        .name = "none/hugetlb/multifd",
+        .backend = BACKEND_HUGETLB,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .zero_page_detection = "none",
+        .holes = HOLES_NOT_COUNTED,
+    },
+
+    /* Compressed, with detection by the multifd threads */
+    {
+        .name = "multifd-zlib",
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .compression = "zlib",
+        .sparse_destination = true,
+    }, {
+#ifdef CONFIG_ZSTD
+        .name = "multifd-zstd",
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .compression = "zstd",
+        .sparse_destination = true,
+    }, {
+#endif
+        .name = "postcopy/plain",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram" },
+    }, {
+        .name = "postcopy/idle",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_EMPTY,
+        .capabilities = { "postcopy-ram" },
+    }, {
+        .name = "postcopy/preempt",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "postcopy-preempt" },
+    }, {
+        .name = "postcopy/release-ram",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "release-ram" },
+        .source = RAM_RELEASED,
+    }, {
+        .name = "postcopy/preempt-release-ram",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "postcopy-preempt", "release-ram" },
+        .source = RAM_RELEASED,
+    }, {
+        .name = "postcopy/shm-file-offset",
+        .transport = TRANSPORT_POSTCOPY,
+        .backend = BACKEND_SHM_FILE_OFFSET,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram" },
+    }, {
+        .name = "postcopy/hugetlb",
+        .transport = TRANSPORT_POSTCOPY,
+        .backend = BACKEND_HUGETLB,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram" },
+    },
+
+    /* Zero pages stay out of a file */
+    {
+        .name = "file/plain",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "file/idle",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_EMPTY,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "file/mapped-ram",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram" },
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "file/mapped-ram-shm-file-offset",
+        .transport = TRANSPORT_FILE,
+        .backend = BACKEND_SHM_FILE_OFFSET,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram" },
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "file/mapped-ram-hugetlb",
+        .transport = TRANSPORT_FILE,
+        .backend = BACKEND_HUGETLB,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram" },
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "file/mapped-ram-none",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram" },
+        .zero_page_detection = "none",
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+        .name = "file/mapped-ram-multifd",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram", "multifd" },
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "file/mapped-ram-multifd-legacy",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram", "multifd" },
+        .zero_page_detection = "legacy",
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        /*
+         * The position in the file is computed from the address of the page,
+         * and so a page of zeroes cannot take the place of a hole.
+         */
+        .name = "file/mapped-ram-multifd-none",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram", "multifd" },
+        .zero_page_detection = "none",
+        .source = RAM_GROWS,
+        .holes = HOLES_NOT_COUNTED,
+    }, {
+        .name = "file/mapped-ram-multifd-direct-io",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram", "multifd" },
+        .direct_io = true,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    },
+
+    /*
+     * A snapshot of a guest that goes on to run.  Half of what is populated is
+     * in the file, but not in the page tables of QEMU.
+     */
+    {
+        .name = "snapshot/plain",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_MIXED,
+        .snapshot = true,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "snapshot/idle",
+        .transport = TRANSPORT_FILE,
+        .pattern = PATTERN_EMPTY,
+        .snapshot = true,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "snapshot/shm-file-offset",
+        .transport = TRANSPORT_FILE,
+        .backend = BACKEND_SHM_FILE_OFFSET,
+        .pattern = PATTERN_MIXED,
+        .snapshot = true,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    }, {
+        .name = "snapshot/hugetlb",
+        .transport = TRANSPORT_FILE,
+        .backend = BACKEND_HUGETLB,
+        .pattern = PATTERN_MIXED,
+        .snapshot = true,
+        .file = FILE_SPARSE,
+        .sparse_destination = true,
+    },
+};
+
+static MigrationTestEnv *env;
+
+static uint64_t default_size(SparseBackend backend)
+{
+    return backend == BACKEND_HUGETLB ? HUGETLB_SIZE : PATTERN_SIZE;
+}
+
+/* Two stopped guests with RAM of the same kind, and the source's pattern */
+typedef struct Guests {
+    QTestState *from;
+    QTestState *to;
+    GuestRam src;
+    GuestRam dst;
+    uint8_t *kinds;
+    GuestRamState before;
+} Guests;
+
+/*
+ * QEMU cannot take a snapshot of a guest that has not been started yet.  What
+ * the firmware has written meanwhile would be no part of the pattern.
+ */
+static void pause_guest(Guests *guests)
+{
+    qtest_qmp_assert_success(guests->from, "{ 'execute': 'cont' }");
+    qtest_qmp_assert_success(guests->from, "{ 'execute': 'stop' }");
+    guest_ram_punch(&guests->src);
+}
+
+/* Returns false if the test has to be skipped, after saying why */
+static bool guests_start(Guests *guests, SparseBackend backend,
+                         SparsePattern pattern, bool paused)
+{
+    const char *reason = sparse_backend_skip_reason(backend);
+    g_autofree char *src_memory = NULL;
+    g_autofree char *dst_memory = NULL;
+    g_autofree char *src_opts = NULL;
+    g_autofree char *dst_opts = NULL;
+    MigrateStart args = {};
+
+    if (reason) {
+        g_test_skip(reason);
+        return false;
+    }
+
+    *guests = (Guests) { };
+    guest_ram_init(&guests->src, backend, default_size(backend));
+    guest_ram_init(&guests->dst, backend, default_size(backend));
+    src_memory = guest_ram_opts(&guests->src, NULL);
+    dst_memory = guest_ram_opts(&guests->dst, NULL);
+    src_opts = g_strdup_printf("-S %s", src_memory);
+    dst_opts = g_strdup_printf("-S %s", dst_memory);
+    args.opts_source = src_opts;
+    args.opts_target = dst_opts;
+
+    if (migrate_start(&guests->from, &guests->to, "defer", &args)) {
+        guest_ram_close(&guests->src);
+        guest_ram_close(&guests->dst);
+        return false;
+    }
+    guest_ram_open(&guests->src, guests->from);
+    guest_ram_open(&guests->dst, guests->to);
+
+    if (paused) {
+        pause_guest(guests);
+    }
+    guests->kinds = sparse_pattern_new(pattern, guest_ram_pages(&guests->src));
+    guest_ram_prepare(&guests->src, guests->kinds);
+    guest_ram_state_take(&guests->before, &guests->src);
+    return true;
+}
+
+static void guests_end(Guests *guests)
+{
+    migrate_end(guests->from, guests->to, false);
+    guest_ram_close(&guests->src);
+    guest_ram_close(&guests->dst);
+    guest_ram_state_clear(&guests->before);
+    g_free(guests->kinds);
+}
+
+static void check_source(const Guests *guests, RamGrowth expect)
+{
+    g_auto(GuestRamState) after = { };
+
+    guest_ram_state_take(&after, &guests->src);
+    guest_ram_check_growth(&guests->src, &guests->before, &after, expect,
+                           0, guest_ram_pages(&guests->src));
+}
+
+static uint64_t data_bytes(const Guests *guests)
+{
+    uint64_t page, bytes = 0;
+
+    for (page = 0; page < guest_ram_pages(&guests->src); page++) {
+        if (guests->kinds[page] == PAGE_DATA) {
+            bytes += guests->src.page_size;
+        }
+    }
+    return bytes;
+}
+
+static void check_sparse_destination(const Guests *guests)
+{
+    const GuestRam *dst = &guests->dst;
+    g_autofree unsigned long *data = bitmap_new(guest_ram_pages(dst));
+    uint64_t page;
+
+    for (page = 0; page < guest_ram_pages(dst); page++) {
+        if (guests->kinds[page] == PAGE_DATA) {
+            set_bit(page, data);
+        }
+    }
+    g_assert_cmpuint(guest_ram_allocated_bytes(dst), <=,
+                     guest_ram_max_allocated_bytes(dst, data));
+}
+
+static void check_file(const Guests *guests, const char *path)
+{
+    struct stat st;
+
+    g_assert_cmpint(stat(path, &st), ==, 0);
+    g_test_message("file has %" PRIu64 " KiB allocated, there are %" PRIu64
+                   " KiB of data", (uint64_t)st.st_blocks * 512 / KiB,
+                   data_bytes(guests) / KiB);
+    g_assert_cmpuint((uint64_t)st.st_blocks * 512, <=,
+                     data_bytes(guests) + FILE_SLACK);
+}
+
+/* QEMU maps every other page that is populated */
+static void map_populated_pages(const Guests *guests)
+{
+    uint64_t page, populated = 0;
+
+    for (page = 0; page < guest_ram_pages(&guests->src); page++) {
+        uint64_t address = page * guests->src.page_size;
+
+        if (guests->kinds[page] != PAGE_HOLE && populated++ % 2 &&
+            (address < PC_BASE_MEMORY_END || address >= MiB)) {
+            qtest_readb(guests->from, address);
+        }
+    }
+}
+
+/* Returns false if the test has to be skipped, after saying why */
+static bool enable_snapshot(QTestState *from)
+{
+    QDict *rsp = qtest_qmp(from, "{ 'execute': 'migrate-set-capabilities',"
+                           "'arguments': { 'capabilities': [ {"
+                           "'capability': 'background-snapshot',"
+                           "'state': true } ] } }");
+    bool supported = qdict_haskey(rsp, "return");
+
+    if (!supported) {
+        g_test_skip(qdict_get_str(qdict_get_qdict(rsp, "error"), "desc"));
+    }
+    qobject_unref(rsp);
+    return supported;
+}
+
+static void set_mode(const ModeCase *c, QTestState *who)
+{
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(c->capabilities) && c->capabilities[i]; i++) {
+        migrate_set_capability(who, c->capabilities[i], true);
+    }
+    if (c->zero_page_detection) {
+        migrate_set_parameter_str(who, "zero-page-detection",
+                                  c->zero_page_detection);
+    }
+    if (c->compression) {
+        migrate_set_parameter_str(who, "multifd-compression", c->compression);
+    }
+    if (c->direct_io) {
+        migrate_set_parameter_bool(who, "direct-io", true);
+    }
+}
+
+static void migrate_tcp(const Guests *guests, bool postcopy)
+{
+    migrate_incoming_qmp(guests->to, "tcp:127.0.0.1:0", NULL, "{}");
+    migrate_ensure_converge(guests->from);
+    migrate_qmp(guests->from, guests->to, NULL, NULL, "{}");
+    if (postcopy) {
+        qtest_qmp_assert_success(guests->from,
+                                 "{ 'execute': 'migrate-start-postcopy' }");
+    }
+    wait_for_migration_complete(guests->from);
+    wait_for_migration_complete(guests->to);
+}
+
+static char *test_file(const char *name)
+{
+    return g_strdup_printf("%s/%s", env->tmpfs, name);
+}
+
+static void load_file(const Guests *guests, const char *path)
+{
+    g_autofree char *uri = g_strdup_printf("file:%s", path);
+
+    migrate_incoming_qmp(guests->to, uri, NULL, "{}");
+    wait_for_migration_complete(guests->to);
+}
+
+static const char *mode_skip_reason(const ModeCase *c)
+{
+    if (c->transport == TRANSPORT_POSTCOPY && !env->has_uffd) {
+        return "userfaultfd is not available";
+    }
+    if (c->direct_io && !probe_o_direct_support(env->tmpfs)) {
+        return "the file system of the temporary directory has no O_DIRECT";
+    }
+    return NULL;
+}
+
+static void test_mode(const void *opaque)
+{
+    const ModeCase *c = opaque;
+    g_autofree char *path = test_file(FILE_TEST_FILENAME);
+    g_autofree char *uri = g_strdup_printf("file:%s", path);
+    const char *reason = mode_skip_reason(c);
+    Guests guests;
+
+    if (reason) {
+        g_test_skip(reason);
+        return;
+    }
+    if (!guests_start(&guests, c->backend, c->pattern, c->snapshot)) {
+        return;
+    }
+    set_mode(c, guests.from);
+    set_mode(c, guests.to);
+    if (c->snapshot) {
+        if (!enable_snapshot(guests.from)) {
+            goto out;
+        }
+        map_populated_pages(&guests);
+    }
+
+    if (c->transport == TRANSPORT_FILE) {
+        migrate_ensure_converge(guests.from);
+        migrate_qmp(guests.from, guests.to, uri, NULL, "{}");
+        wait_for_migration_complete(guests.from);
+        if (c->file == FILE_SPARSE) {
+            check_file(&guests, path);
+        }
+        load_file(&guests, path);
+    } else {
+        migrate_tcp(&guests, c->transport == TRANSPORT_POSTCOPY);
+    }
+
+    if (c->sparse_destination) {
+        check_sparse_destination(&guests);
+    }
+    guest_ram_check_pattern(&guests.dst, guests.kinds);
+    check_source(&guests, c->source);
+    check_hole_statistics(guests.from, &guests.src, &guests.before,
+                          guests.kinds, c->holes);
+out:
+    guests_end(&guests);
+}
+
+/* A pipe that is full until somebody comes to empty it into a file */
+typedef struct SlowPipe {
+    int fds[2];
+    const char *path;
+} SlowPipe;
+
+static void *slow_pipe_drain(void *opaque)
+{
+    SlowPipe *pipe = opaque;
+    g_autofree char *buf = g_malloc(MiB);
+    int fd = open(pipe->path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    ssize_t len;
+
+    g_assert_cmpint(fd, >=, 0);
+    /* Time for the first write to guest RAM to run into the protection */
+    g_usleep(200 * 1000);
+    while ((len = read(pipe->fds[0], buf, MiB)) > 0) {
+        g_assert_cmpint(write(fd, buf, len), ==, len);
+    }
+    g_assert_cmpint(len, ==, 0);
+    close(fd);
+    return NULL;
+}
+
+/* The last page of each kind, so that it is saved late */
+static uint64_t last_page_of_kind(const Guests *guests, PageKind kind,
+                                  uint64_t before)
+{
+    uint64_t page = before;
+
+    do {
+        g_assert_cmpuint(page, >, 0);
+        page--;
+    } while (guests->kinds[page] != kind);
+    return page;
+}
+
+/*
+ * The guest (or a device) writes while the snapshot is being taken: to a hole,
+ * to pages that are populated and mapped, and to such that are not mapped.  The
+ * snapshot has what was there before.
+ */
+static void test_snapshot_write(void)
+{
+    g_autofree char *path = test_file(FILE_TEST_FILENAME);
+    SlowPipe slow_pipe = { .path = path };
+    uint64_t pages[5];
+    GThread *drain;
+    Guests guests;
+    int i, queued;
+
+    if (!guests_start(&guests, BACKEND_MEMFD, PATTERN_MIXED, true)) {
+        return;
+    }
+    if (!enable_snapshot(guests.from)) {
+        goto out;
+    }
+    pages[0] = last_page_of_kind(&guests, PAGE_HOLE,
+                                 guest_ram_pages(&guests.src));
+    pages[1] = last_page_of_kind(&guests, PAGE_DATA, pages[0]);
+    pages[2] = last_page_of_kind(&guests, PAGE_DATA, pages[1]);
+    pages[3] = last_page_of_kind(&guests, PAGE_ZERO, pages[2]);
+    pages[4] = last_page_of_kind(&guests, PAGE_ZERO, pages[3]);
+    qtest_readb(guests.from, pages[2] * guests.src.page_size);
+    qtest_readb(guests.from, pages[4] * guests.src.page_size);
+
+    g_assert(g_unix_open_pipe(slow_pipe.fds, FD_CLOEXEC, NULL));
+    qtest_qmp_fds_assert_success(guests.from, &slow_pipe.fds[1], 1,
+                                 "{ 'execute': 'getfd', 'arguments': {"
+                                 "'fdname': 'snapshot' } }");
+    close(slow_pipe.fds[1]);
+    migrate_qmp(guests.from, guests.to, "fd:snapshot", NULL, "{}");
+
+    /* More than the setup: the memory is protected and is being saved */
+    do {
+        g_usleep(1000);
+        g_assert_cmpint(ioctl(slow_pipe.fds[0], FIONREAD, &queued), ==, 0);
+    } while (queued < 32 * KiB);
+
+    drain = g_thread_new("drain", slow_pipe_drain, &slow_pipe);
+    for (i = 0; i < ARRAY_SIZE(pages); i++) {
+        uint64_t address = pages[i] * guests.src.page_size;
+
+        qtest_writeq(guests.from, address, 0xfeedf00d);
+        g_assert_cmphex(qtest_readq(guests.from, address), ==, 0xfeedf00d);
+    }
+    wait_for_migration_complete(guests.from);
+    g_thread_join(drain);
+    close(slow_pipe.fds[0]);
+
+    /* Only the hole that was written to is allocated now */
+    set_bit(pages[0], guests.before.pages);
+    guests.before.bytes += guest_ram_allocation_unit(&guests.src);
+
+    load_file(&guests, path);
+    guest_ram_check_pattern(&guests.dst, guests.kinds);
+    if (guest_ram_allocation_unit(&guests.src) == guests.src.page_size) {
+        check_source(&guests, RAM_KEPT);
+    }
+out:
+    guests_end(&guests);
+}
+
+/* A page of guest RAM and what it is expected to be */
+static void check_dump_page(const Guests *guests, int fd, off_t offset,
+                            uint64_t address, uint64_t *expected_page)
+{
+    size_t size = qemu_real_host_page_size();
+    const GuestRam *src = &guests->src;
+    g_autofree uint64_t *buf = g_malloc(size);
+
+    if (address % src->page_size == 0) {
+        sparse_pattern_page(expected_page, guests->kinds,
+                            address / src->page_size, src->page_size);
+    }
+    g_assert_cmpint(pread(fd, buf, size, offset), ==, size);
+    if (memcmp(buf, (char *)expected_page + address % src->page_size, size)) {
+        g_error("guest memory at 0x%" PRIx64 " is wrong in the dump", address);
+    }
+}
+
+/* Of the main memory, compare what is RAM at the reset of a PC */
+static void check_elf_dump(const Guests *guests, const char *path)
+{
+    uint64_t size = guests->src.size;
+    uint64_t page_size = qemu_real_host_page_size();
+    g_autofree uint64_t *expected_page = g_malloc0(guests->src.page_size);
+    uint64_t compared = 0;
+    Elf64_Ehdr header;
+    int i, fd = open(path, O_RDONLY | O_CLOEXEC);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(pread(fd, &header, sizeof(header), 0), ==, sizeof(header));
+    g_assert_cmpmem(header.e_ident, SELFMAG, ELFMAG, SELFMAG);
+    g_assert_cmpint(header.e_ident[EI_CLASS], ==, ELFCLASS64);
+
+    for (i = 0; i < header.e_phnum; i++) {
+        Elf64_Phdr phdr;
+        uint64_t done;
+
+        g_assert_cmpint(pread(fd, &phdr, sizeof(phdr),
+                              header.e_phoff + i * header.e_phentsize),
+                        ==, sizeof(phdr));
+        if (phdr.p_type != PT_LOAD) {
+            continue;
+        }
+        for (done = 0; done < phdr.p_filesz; done += page_size) {
+            uint64_t address = phdr.p_paddr + done;
+
+            if (address < PC_BASE_MEMORY_END ||
+                (address >= MiB && address < size)) {
+                check_dump_page(guests, fd, phdr.p_offset + done, address,
+                                expected_page);
+                compared += page_size;
+            }
+        }
+    }
+    close(fd);
+    g_assert_cmpuint(compared, ==, size - (MiB - PC_BASE_MEMORY_END));
+}
+
+typedef struct DumpCase {
+    const char *name;
+    const char *format;
+    SparseBackend backend;
+} DumpCase;
+
+static const DumpCase dump_cases[] = {
+    { "dump/elf", "elf", BACKEND_MEMFD },
+    { "dump/elf-shm-file-offset", "elf", BACKEND_SHM_FILE_OFFSET },
+    { "dump/elf-hugetlb", "elf", BACKEND_HUGETLB },
+    { "dump/kdump-zlib", "kdump-zlib", BACKEND_MEMFD },
+    { "dump/kdump-zlib-hugetlb", "kdump-zlib", BACKEND_HUGETLB },
+};
+
+static void test_dump(const void *opaque)
+{
+    const DumpCase *c = opaque;
+    g_autofree char *path = test_file("dump");
+    g_autofree char *protocol = g_strdup_printf("file:%s", path);
+    Guests guests;
+
+    if (!guests_start(&guests, c->backend, PATTERN_MIXED, false)) {
+        return;
+    }
+    qtest_qmp_assert_success(guests.from, "{ 'execute': 'dump-guest-memory',"
+                             "'arguments': { 'paging': false,"
+                             "'protocol': %s, 'format': %s } }",
+                             protocol, c->format);
+    if (g_str_equal(c->format, "elf")) {
+        check_elf_dump(&guests, path);
+    } else {
+        check_file(&guests, path);
+    }
+    check_source(&guests, RAM_KEPT);
+    unlink(path);
+    guests_end(&guests);
+}
+
+/* Page sampling hashes pages all over the memory, holes included */
+static void test_dirty_rate(const void *opaque)
+{
+    const SparseBackend *backend = opaque;
+    bool measured;
+    Guests guests;
+
+    if (!guests_start(&guests, *backend, PATTERN_MIXED, false)) {
+        return;
+    }
+    qtest_qmp_assert_success(guests.from, "{ 'execute': 'calc-dirty-rate',"
+                             "'arguments': { 'calc-time': 100,"
+                             "'calc-time-unit': 'millisecond',"
+                             "'sample-pages': 4096 } }");
+    do {
+        QDict *rsp = qtest_qmp_assert_success_ref(
+            guests.from, "{ 'execute': 'query-dirty-rate' }");
+
+        measured = g_str_equal(qdict_get_str(rsp, "status"), "measured");
+        if (measured) {
+            g_assert_cmpint(qdict_get_int(rsp, "dirty-rate"), ==, 0);
+        }
+        qobject_unref(rsp);
+        g_usleep(10 * 1000);
+    } while (!measured);
+    check_source(&guests, RAM_KEPT);
+    guests_end(&guests);
+}
+
+static int64_t holes_sent(QTestState *who)
+{
+    QDict *rsp = migrate_query_not_failed(who);
+    QDict *ram = qdict_get_qdict(rsp, "ram");
+    int64_t holes = ram ? qdict_get_try_int(ram, "holes", 0) : 0;
+
+    g_assert_cmpstr(qdict_get_str(rsp, "status"), !=, "completed");
+    qobject_unref(rsp);
+    return holes;
+}
+
+/*
+ * Another process has the memory mapped, as a vhost-user backend does, and
+ * writes to what QEMU has found to be a hole in a migration that was cancelled.
+ */
+static void test_other_process(bool multifd)
+{
+    g_autofree char *path = test_file(FILE_TEST_FILENAME);
+    g_autofree char *uri = g_strdup_printf("file:%s", path);
+    Guests guests;
+    uint64_t page;
+    char *map;
+
+    if (!guests_start(&guests, BACKEND_MEMFD, PATTERN_EMPTY, false)) {
+        return;
+    }
+    /* A zero page takes 9 bytes: all of them would take seconds */
+    migrate_set_parameter_int(guests.from, "max-bandwidth", 64 * KiB);
+    migrate_qmp(guests.from, guests.to, uri, NULL, "{}");
+    while (holes_sent(guests.from) < 1000) {
+        g_usleep(1000);
+    }
+    migrate_cancel(guests.from);
+    wait_for_migration_status(guests.from, "cancelled", NULL);
+    check_source(&guests, RAM_KEPT);
+
+    g_free(guests.kinds);
+    guests.kinds = sparse_pattern_new(PATTERN_MIXED,
+                                      guest_ram_pages(&guests.src));
+    map = mmap(NULL, guests.src.size, PROT_READ | PROT_WRITE, MAP_SHARED,
+               guests.src.fd, 0);
+    g_assert(map != MAP_FAILED);
+    for (page = 0; page < guest_ram_pages(&guests.src); page++) {
+        if (guests.kinds[page] != PAGE_HOLE) {
+            sparse_pattern_page((uint64_t *)(map +
+                                             page * guests.src.page_size),
+                                guests.kinds, page, guests.src.page_size);
+        }
+    }
+    munmap(map, guests.src.size);
+    guest_ram_state_clear(&guests.before);
+    guest_ram_state_take(&guests.before, &guests.src);
+
+    if (multifd) {
+        migrate_set_capability(guests.from, "multifd", true);
+        migrate_set_capability(guests.to, "multifd", true);
+    }
+    migrate_tcp(&guests, false);
+    check_sparse_destination(&guests);
+    guest_ram_check_pattern(&guests.dst, guests.kinds);
+    check_source(&guests, RAM_KEPT);
+    check_hole_statistics(guests.from, &guests.src, &guests.before,
+                          guests.kinds, HOLES_COUNTED);
+    guests_end(&guests);
+}
+
+static void test_other_process_precopy(void)
+{
+    test_other_process(false);
+}
+
+static void test_other_process_multifd(void)
+{
+    test_other_process(true);
+}
+
+static void add_test(const char *name, const void *data,
+                     void (*test)(const void *))
+{
+    g_autofree char *path = g_strdup_printf("/migration/sparse/modes/%s", name);
+
+    qtest_add_data_func(path, data, test);
+}
+
+void migration_test_add_sparse_modes(MigrationTestEnv *the_env)
+{
+    static const SparseBackend memfd = BACKEND_MEMFD;
+    static const SparseBackend shm_file_offset = BACKEND_SHM_FILE_OFFSET;
+    int i;
+
+    env = the_env;
+
+    for (i = 0; i < ARRAY_SIZE(mode_cases); i++) {
+        add_test(mode_cases[i].name, &mode_cases[i], test_mode);
+    }
+    for (i = 0; i < ARRAY_SIZE(dump_cases); i++) {
+        add_test(dump_cases[i].name, &dump_cases[i], test_dump);
+    }
+    add_test("dirty-rate/memfd", &memfd, test_dirty_rate);
+    add_test("dirty-rate/shm-file-offset", &shm_file_offset, test_dirty_rate);
+    migration_test_add("/migration/sparse/modes/snapshot/write",
+                       test_snapshot_write);
+    migration_test_add("/migration/sparse/modes/other-process/precopy",
+                       test_other_process_precopy);
+    migration_test_add("/migration/sparse/modes/other-process/multifd",
+                       test_other_process_multifd);
+}

@@ -1,0 +1,551 @@
+/*
+ * QTest testcases for sparse guest RAM: a guest that writes all the time
+ *
+ * A hole is sent as zero without reading it.  What the source has to get right
+ * is the order: it may look for holes only after it has cleared the dirty bits
+ * of the pages, and has to forget what it saw when the dirty bitmap is synced.
+ * If not, a page that is written at the wrong moment is lost for ever.
+ *
+ * Here that moment comes as often as possible.  The guest, sparse-writer.S,
+ * writes to pages in pseudo-random order.  The first round is slow, so that the
+ * rate limit stops it within holes.  The guest writes to what is behind it, and
+ * again and again into the hole that it has stopped in, in front of it, with a
+ * sync of the dirty bitmap before it goes on.  Then come many fast rounds.
+ * In the end all RAM of both sides is compared, and the guest, now on the
+ * destination, is asked to check it, too.
+ *
+ * tests/qtest/migration/mutations has changes that break the order on purpose.
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include "libqtest.h"
+#include "migration/framework.h"
+#include "migration/i386/sparse-writer.h"
+#include "migration/migration-qmp.h"
+#include "migration/migration-util.h"
+#include "migration/sparse-stress-tests.h"
+#include "qemu/bswap.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+
+#define PAGE_SIZE (4 * KiB)
+
+/* The least that a PC can have */
+#define FIRMWARE_SIZE (64 * KiB)
+
+/*
+ * QEMU looks at the rate limit only when it has filled a buffer of 32 KiB, so
+ * this is how many pages that are zero, 9 bytes each, it sends at least before
+ * it stops.
+ */
+#define PAGES_IN_A_ROW (32 * KiB / 9)
+
+/*
+ * What the guest does not touch: the test makes a slice of it dirty for each
+ * sync.  That must be more pages than are sent meanwhile.
+ */
+#define SCRATCH_BASE (8 * MiB)
+#define SCRATCH_SLICE (24 * MiB)
+QEMU_BUILD_BUG_ON(SCRATCH_SLICE / PAGE_SIZE < PAGES_IN_A_ROW * 3 / 2);
+
+/* What the guest writes to begins behind that, and ends here */
+#define WRITER_END_GAP (16 * MiB)
+
+/*
+ * Ticks of a time-stamp counter of 2 to 4 GHz.  Slow enough to leave holes, and
+ * fast enough that there is something dirty at each sync.
+ */
+#define WRITER_TURN_SLOW 700000
+#define WRITER_TURN_FAST 5000
+
+/* How many pages the guest writes for each B that it says */
+#define BATCH 256
+
+/* Smallest, and the default of QEMU */
+#define SHIFT_MIN 6
+#define SHIFT_DEFAULT 18
+
+/*
+ * How many pages, from the page it is told, the guest writes to most.  Some of
+ * them are sent before the sync that it is about.
+ */
+#define FOCUS_PAGES 16384
+QEMU_BUILD_BUG_ON(FOCUS_PAGES < PAGES_IN_A_ROW * 3);
+
+/* Bytes a second; the slow one means PAGES_IN_A_ROW each RATE_LIMIT_PERIOD */
+#define SLOW_BANDWIDTH (64 * KiB)
+#define FAST_BANDWIDTH (1 * GiB)
+
+/* The rate limit is kept on average over this time */
+#define RATE_LIMIT_PERIOD (G_USEC_PER_SEC / 10)
+
+#define TIMEOUT (300 * G_USEC_PER_SEC)
+
+typedef enum StressMode {
+    STRESS_PRECOPY,
+    STRESS_XBZRLE,
+    STRESS_MULTIFD,
+    STRESS_MULTIFD_LEGACY,
+    STRESS__MAX,
+} StressMode;
+
+static const char *const mode_names[STRESS__MAX] = {
+    [STRESS_PRECOPY] = "precopy",
+    [STRESS_XBZRLE] = "xbzrle",
+    [STRESS_MULTIFD] = "multifd",
+    [STRESS_MULTIFD_LEGACY] = "multifd-legacy",
+};
+
+typedef struct StressTest {
+    const char *accel;
+    StressMode mode;
+    /* x-clear-bitmap-shift */
+    unsigned shift;
+    /* RAM of the guest, in bytes */
+    uint64_t size;
+    /* How many syncs there are in the middle of the first round */
+    unsigned slow_syncs;
+    /* How many syncs are waited for after it */
+    unsigned fast_syncs;
+} StressTest;
+
+/* The guest's serial port, and what it has said so far */
+typedef struct Serial {
+    char *path;
+    gsize beats;
+    gsize verified;
+} Serial;
+
+static char *tmpfs;
+
+static uint64_t writer_base(const StressTest *test)
+{
+    return SCRATCH_BASE + test->slow_syncs * SCRATCH_SLICE;
+}
+
+static uint64_t writer_pages(const StressTest *test)
+{
+    return (test->size - writer_base(test) - WRITER_END_GAP) / PAGE_SIZE;
+}
+
+static void put_parameter(uint8_t *code, unsigned address, uint32_t value)
+{
+    stl_le_p(code + address - SPARSE_WRITER_START, value);
+}
+
+/* The guest's firmware: the code is at the end of it */
+static char *create_firmware(const StressTest *test)
+{
+    char *path = g_strdup_printf("%s/sparse-writer", tmpfs);
+    g_autofree uint8_t *rom = g_malloc0(FIRMWARE_SIZE);
+    uint8_t *code = rom + FIRMWARE_SIZE - sizeof(sparse_writer);
+
+    memcpy(code, sparse_writer, sizeof(sparse_writer));
+    put_parameter(code, SPARSE_WRITER_BASE, writer_base(test));
+    put_parameter(code, SPARSE_WRITER_PAGES, FOCUS_PAGES);
+    put_parameter(code, SPARSE_WRITER_FOCUS_MASK, FOCUS_PAGES - 1);
+    put_parameter(code, SPARSE_WRITER_TURN, WRITER_TURN_SLOW);
+    put_parameter(code, SPARSE_WRITER_SEED, g_test_rand_int());
+    g_assert(g_file_set_contents(path, (char *)rom, FIRMWARE_SIZE, NULL));
+    return path;
+}
+
+static void read_serial(Serial *serial)
+{
+    g_autofree char *text = NULL;
+    gsize length, i;
+
+    serial->beats = serial->verified = 0;
+    if (!g_file_get_contents(serial->path, &text, &length, NULL)) {
+        return;
+    }
+    for (i = 0; i < length; i++) {
+        serial->beats += text[i] == 'B';
+        serial->verified += text[i] == 'V';
+        if (text[i] == 'X') {
+            g_error("the guest has found a page that is wrong (%s)",
+                    serial->path);
+        }
+    }
+}
+
+static void check_timeout(int64_t start, const char *what)
+{
+    if (g_get_monotonic_time() - start > TIMEOUT) {
+        g_error("timeout while waiting for %s", what);
+    }
+}
+
+static void wait_for_beats(Serial *serial, gsize more)
+{
+    int64_t start = g_get_monotonic_time();
+    gsize goal;
+
+    read_serial(serial);
+    goal = serial->beats + more;
+    while (serial->beats < goal) {
+        check_timeout(start, "the guest to write");
+        g_usleep(10000);
+        read_serial(serial);
+    }
+}
+
+static QTestState *start_guest(const StressTest *test, const char *env,
+                               const char *firmware, Serial *serial,
+                               QTestMigrationState *state, const char *opts)
+{
+    g_autofree char *machine =
+        resolve_machine_version("q35", "QTEST_QEMU_BINARY_SRC",
+                                "QTEST_QEMU_BINARY_DST");
+    g_autofree char *args = g_strdup_printf(
+        "-accel %s -machine %s,memory-backend=mem0 "
+        "-m %" PRIu64 "M "
+        "-object memory-backend-memfd,id=mem0,share=on,size=%" PRIu64 " "
+        "-global migration.x-clear-bitmap-shift=%u "
+        "-nodefaults -bios %s -serial file:%s %s",
+        test->accel, machine, test->size / MiB, test->size, test->shift,
+        firmware, serial->path, opts);
+    QTestState *who = qtest_init_with_env(env, args, true);
+
+    qtest_qmp_set_event_callback(who, migrate_watch_for_events, state);
+    migrate_set_capability(who, "events", true);
+    return who;
+}
+
+static void set_capability(QTestState *from, QTestState *to, const char *name)
+{
+    migrate_set_capability(from, name, true);
+    migrate_set_capability(to, name, true);
+}
+
+static void set_mode(const StressTest *test, QTestState *from, QTestState *to)
+{
+    switch (test->mode) {
+    case STRESS_XBZRLE:
+        migrate_set_parameter_int(from, "xbzrle-cache-size", 64 * MiB);
+        set_capability(from, to, "xbzrle");
+        break;
+    case STRESS_MULTIFD:
+    case STRESS_MULTIFD_LEGACY:
+        migrate_set_parameter_int(from, "multifd-channels", 4);
+        migrate_set_parameter_int(to, "multifd-channels", 4);
+        set_capability(from, to, "multifd");
+        if (test->mode == STRESS_MULTIFD_LEGACY) {
+            migrate_set_parameter_str(from, "zero-page-detection", "legacy");
+        }
+        break;
+    default:
+        break;
+    }
+
+    /*
+     * Auto-converge syncs the dirty bitmap on its own, from another thread and
+     * in the middle of a round, if that has not been done for 5 seconds.  It
+     * has nothing else to do here.
+     */
+    migrate_set_capability(from, "auto-converge", true);
+    migrate_set_parameter_int(from, "cpu-throttle-initial", 1);
+    migrate_set_parameter_int(from, "max-cpu-throttle", 1);
+}
+
+/*
+ * From which number of bytes on that are left to be sent the dirty bitmap is
+ * synced; if it is not more than that afterwards, the guest is stopped.
+ */
+static void set_threshold(QTestState *from, uint64_t bytes)
+{
+    /*
+     * The downtime-limit is one second.  1000 bytes are less than a page and as
+     * good as nothing, but nothing would not be: then QEMU ends the migration
+     * after the first round without another look.
+     */
+    migrate_set_parameter_int(from, "avail-switchover-bandwidth",
+                              MAX(bytes, 1000));
+}
+
+static uint64_t syncs(QTestState *from)
+{
+    return read_ram_property_int(from, "dirty-sync-count");
+}
+
+static bool is_active(QTestState *from)
+{
+    g_autofree char *status = migrate_query_status(from);
+
+    g_assert_cmpstr(status, !=, "failed");
+    return g_str_equal(status, "active");
+}
+
+static void write_parameter(QTestState *who, unsigned address, uint32_t value)
+{
+    qtest_writel(who, address, value);
+}
+
+/* The first of the guest's pages that the first round has not come to yet */
+static uint32_t first_round_page(const StressTest *test, QTestState *from)
+{
+    /* Each page is sent once, and the guest's RAM is the first RAM block */
+    uint64_t page = read_ram_property_int(from, "duplicate") +
+                    read_ram_property_int(from, "normal");
+    uint64_t first = writer_base(test) / PAGE_SIZE;
+
+    return page > first ? page - first : 0;
+}
+
+static void set_bandwidth(QTestState *from, uint64_t bandwidth)
+{
+    migrate_set_parameter_int(from, "max-bandwidth", bandwidth);
+}
+
+/* Let the guest write behind the first round only. Returns where that is. */
+static uint32_t write_behind(const StressTest *test, QTestState *from)
+{
+    uint32_t page = first_round_page(test, from);
+
+    write_parameter(from, SPARSE_WRITER_FOCUS, 0);
+    write_parameter(from, SPARSE_WRITER_PAGES, MAX(page, FOCUS_PAGES));
+    return page;
+}
+
+/*
+ * The rate limit has made the first round stop in the middle of a large hole.
+ * Let the guest write into that, and have the dirty bitmap synced before it
+ * goes on.  That there is little left to be sent makes QEMU sync it.  That
+ * there is more after it, because of the slice, makes QEMU go on.
+ */
+static void strike(const StressTest *test, QTestState *from, uint64_t slice)
+{
+    int64_t start = g_get_monotonic_time();
+    uint64_t before = syncs(from);
+    uint32_t page = first_round_page(test, from);
+
+    write_parameter(from, SPARSE_WRITER_FOCUS, page);
+    qtest_memset(from, slice, 1, SCRATCH_SLICE);
+    set_threshold(from, read_ram_property_int(from, "remaining"));
+    while (syncs(from) == before) {
+        check_timeout(start, "the dirty bitmap to be synced");
+        g_usleep(1000);
+    }
+    set_threshold(from, 0);
+    write_behind(test, from);
+
+    /* Get behind what has been written, and into the next hole */
+    while (first_round_page(test, from) < page + FOCUS_PAGES) {
+        check_timeout(start, "the first round");
+        g_usleep(10000);
+    }
+}
+
+/* A first round that takes its time, with syncs in the middle of it */
+static void slow_round(const StressTest *test, QTestState *from)
+{
+    int64_t start = g_get_monotonic_time();
+    uint64_t slice = SCRATCH_BASE;
+    uint64_t pages = writer_pages(test), page;
+
+    while ((page = write_behind(test, from)) < pages) {
+        check_timeout(start, "the first round");
+        if (page > FOCUS_PAGES && page + 2 * FOCUS_PAGES < pages &&
+            slice < writer_base(test)) {
+            strike(test, from, slice);
+            slice += SCRATCH_SLICE;
+        }
+        g_usleep(10000);
+    }
+    g_assert_cmpuint(slice, ==, writer_base(test));
+    /* It must not end before it is allowed to */
+    g_assert(is_active(from));
+    g_test_message("%" PRIu64 " syncs in a first round of %.1f seconds, "
+                   "which found %" PRId64 " holes", syncs(from),
+                   (g_get_monotonic_time() - start) / (double)G_USEC_PER_SEC,
+                   read_ram_property_int(from, "holes"));
+}
+
+/*
+ * Only to a part of the pages: a page that has been lost is not to be written
+ * again, and thereby to be sent again.
+ */
+static void fast_rounds(const StressTest *test, QTestState *from)
+{
+    int64_t start = g_get_monotonic_time();
+    uint64_t goal = syncs(from) + test->fast_syncs;
+
+    write_parameter(from, SPARSE_WRITER_PAGES, FOCUS_PAGES);
+    write_parameter(from, SPARSE_WRITER_TURN, WRITER_TURN_FAST);
+    set_bandwidth(from, FAST_BANDWIDTH);
+    /* On a busy host the guest may be too slow to keep it going */
+    while (syncs(from) < goal && is_active(from)) {
+        check_timeout(start, "the dirty bitmap to be synced");
+        g_usleep(10000);
+    }
+}
+
+/* Open QEMU's own file descriptor of the file that is the guest's RAM */
+static int open_ram(const StressTest *test, QTestState *who)
+{
+    g_autofree char *dir_path = g_strdup_printf("/proc/%d/fd", qtest_pid(who));
+    g_autoptr(GDir) dir = g_dir_open(dir_path, 0, NULL);
+    const char *name;
+
+    g_assert(dir);
+    while ((name = g_dir_read_name(dir))) {
+        g_autofree char *path = g_build_filename(dir_path, name, NULL);
+        g_autofree char *target = g_file_read_link(path, NULL);
+        struct stat st;
+
+        if (target && g_str_has_prefix(target, "/memfd:") &&
+            stat(path, &st) == 0 && st.st_size == test->size) {
+            return open(path, O_RDONLY | O_CLOEXEC);
+        }
+    }
+    g_assert_not_reached();
+}
+
+static void compare_ram(const StressTest *test, QTestState *from,
+                        QTestState *to)
+{
+    g_autofree char *src = g_malloc(PAGE_SIZE);
+    g_autofree char *dst = g_malloc(PAGE_SIZE);
+    int src_fd = open_ram(test, from);
+    int dst_fd = open_ram(test, to);
+    uint64_t offset, bad = 0;
+
+    for (offset = 0; offset < test->size; offset += PAGE_SIZE) {
+        g_assert_cmpint(pread(src_fd, src, PAGE_SIZE, offset), ==, PAGE_SIZE);
+        g_assert_cmpint(pread(dst_fd, dst, PAGE_SIZE, offset), ==, PAGE_SIZE);
+        if (memcmp(src, dst, PAGE_SIZE) && bad++ < 10) {
+            g_test_message("the page at 0x%" PRIx64 " differs: it begins with "
+                           "0x%08x on the source, 0x%08x on the destination",
+                           offset, ldl_le_p(src), ldl_le_p(dst));
+        }
+    }
+    close(src_fd);
+    close(dst_fd);
+    if (bad) {
+        g_error("%" PRIu64 " pages of the destination are not what they are "
+                "on the source", bad);
+    }
+}
+
+/* The guest's own opinion, and that it goes on */
+static void check_by_guest(const StressTest *test, QTestState *to,
+                           Serial *serial)
+{
+    int64_t start = g_get_monotonic_time();
+
+    write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(test));
+    write_parameter(to, SPARSE_WRITER_VERIFY, 1);
+    qtest_qmp_assert_success(to, "{ 'execute': 'cont' }");
+    do {
+        check_timeout(start, "the guest to check its pages");
+        g_usleep(10000);
+        read_serial(serial);
+    } while (!serial->verified);
+    wait_for_beats(serial, 2);
+}
+
+static void test_stress(const void *opaque)
+{
+    const StressTest *test = opaque;
+    g_autofree char *firmware = create_firmware(test);
+    g_autofree char *src_path = g_strdup_printf("%s/src_serial", tmpfs);
+    g_autofree char *dst_path = g_strdup_printf("%s/dest_serial", tmpfs);
+    Serial src_serial = { .path = src_path };
+    Serial dst_serial = { .path = dst_path };
+    QTestMigrationState src_state = { }, dst_state = { };
+    QTestState *from, *to;
+    uint64_t written;
+
+    from = start_guest(test, "QTEST_QEMU_BINARY_SRC", firmware, &src_serial,
+                       &src_state, "");
+    to = start_guest(test, "QTEST_QEMU_BINARY_DST", firmware, &dst_serial,
+                     &dst_state, "-S -incoming defer");
+    set_mode(test, from, to);
+    migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
+    wait_for_beats(&src_serial, 1);
+    written = src_serial.beats;
+
+    set_bandwidth(from, SLOW_BANDWIDTH);
+    migrate_set_parameter_int(from, "downtime-limit", 1000);
+    set_threshold(from, 0);
+    migrate_qmp(from, to, NULL, NULL, "{}");
+
+    slow_round(test, from);
+    fast_rounds(test, from);
+    migrate_ensure_converge(from);
+    set_threshold(from, 1 * GiB);
+    wait_for_migration_complete(from);
+    wait_for_migration_complete(to);
+
+    read_serial(&src_serial);
+    g_test_message("%" PRIu64 " syncs, the guest has written to %" PRIu64
+                   " pages meanwhile, %" PRIu64 " holes were sent",
+                   syncs(from), (src_serial.beats - written) * BATCH,
+                   (uint64_t)read_ram_property_int(from, "holes"));
+
+    compare_ram(test, from, to);
+    g_assert_cmpuint(src_serial.beats, >, written);
+
+    qtest_quit(from);
+    check_by_guest(test, to, &dst_serial);
+    qtest_quit(to);
+
+    unlink(firmware);
+    unlink(src_path);
+    unlink(dst_path);
+}
+
+static void add_stress(const char *accel, StressMode mode, unsigned shift,
+                       bool is_long)
+{
+    StressTest *test = g_new(StressTest, 1);
+    g_autofree char *path =
+        g_strdup_printf("/migration/sparse/stress/%s/%s/%s/shift-%u",
+                        is_long ? "long" : "short", accel, mode_names[mode],
+                        shift);
+
+    *test = (StressTest) {
+        .accel = accel,
+        .mode = mode,
+        .shift = shift,
+        .size = is_long ? 1 * GiB : 512 * MiB,
+        .slow_syncs = is_long ? 8 : 3,
+        .fast_syncs = is_long ? 100 : 10,
+    };
+    qtest_add_data_func_full(path, test, test_stress, g_free);
+}
+
+static void add_long(const char *accel)
+{
+    StressMode mode;
+
+    for (mode = 0; mode < STRESS__MAX; mode++) {
+        add_stress(accel, mode, SHIFT_MIN, true);
+        add_stress(accel, mode, SHIFT_DEFAULT, true);
+    }
+}
+
+void migration_test_add_sparse_stress(MigrationTestEnv *env)
+{
+    tmpfs = env->tmpfs;
+
+    if (env->has_tcg) {
+        add_stress("tcg", STRESS_PRECOPY, SHIFT_DEFAULT, false);
+        add_stress("tcg", STRESS_MULTIFD, SHIFT_MIN, false);
+    }
+    if (!env->full_set) {
+        return;
+    }
+    if (env->has_tcg) {
+        add_long("tcg");
+    }
+    /* The only one that keeps its dirty bits until they are cleared */
+    if (env->has_kvm) {
+        add_long("kvm");
+    }
+}
