@@ -70,9 +70,17 @@ test-binaries: deps
 	@scripts/build-qemu patched $(test_binaries)
 	@scripts/build-qemu stock
 
+.PHONY: check-mutations
+check-mutations: deps ## Break the code on purpose; the stress test has to notice (minutes)
+	@scripts/check-mutations
+
 .PHONY: bench
 bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)
 	@$(PYTHON) scripts/bench.py $(BENCH_ARGS)
+
+.PHONY: mail
+mail: source ## Write the series as complete patches, to be mailed, to build/10.0/mail/
+	@scripts/format-series $(FORMAT_PATCH)
 
 .PHONY: clean
 clean: ## Remove what was built; the downloaded source package stays
