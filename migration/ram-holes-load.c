@@ -213,15 +213,14 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
         .end = rb->fd_offset + offset + length,
     };
 
-    if (must_populate()) {
-        zero_clear(rb, &range);
-    } else if (ram_block_holes_known(rb)) {
+    if (ram_block_holes_known(rb) && !must_populate()) {
         if (rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
             zero_hugetlb(rb, range);
         } else {
             zero_shmem(rb, range);
         }
-    } else if (ram_block_is_shared_anonymous(rb) && ram_block_may_punch(rb)) {
+    } else if (ram_block_is_shared_anonymous(rb) && ram_block_may_punch(rb) &&
+               !must_populate()) {
         zero_shared_anonymous(rb, &range);
     } else {
         zero_clear(rb, &range);

@@ -125,15 +125,11 @@ void ram_hole_cache_reset(RAMHoleCache *cache)
     *cache = (RAMHoleCache) { };
 }
 
-bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
-                              ram_addr_t offset)
+bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
+                               ram_addr_t offset)
 {
     size_t page_size = qemu_target_page_size();
     uint64_t chunk_size, limit;
-
-    if (!ram_block_holes_known(rb)) {
-        return false;
-    }
 
     /*
      * Why what is remembered here cannot go stale: a page is sent as zero

@@ -195,6 +195,10 @@ void ram_hole_cache_reset(RAMHoleCache *cache);
 bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
                       uint64_t length, uint64_t limit);
 
+/* What is behind ram_page_is_hole_precopy(); not to be called by itself. */
+bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
+                               ram_addr_t offset);
+
 /**
  * ram_page_is_hole_precopy: the same for the thread that searches dirty pages
  *
@@ -203,8 +207,13 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
  * with the bitmap_mutex held; the cache has to be reset, with the same mutex
  * held, whenever a sync has moved dirty bits to the migration bitmap.
  */
-bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
-                              ram_addr_t offset);
+static inline bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
+                                            ram_addr_t offset)
+{
+    /* Inline, because it is asked for each page of anonymous RAM as well */
+    return ram_block_holes_known(rb) &&
+           ram_page_is_hole_in_chunk(cache, rb, offset);
+}
 
 /**
  * ram_range_is_zero: whether a part of a block is zero
