@@ -25,6 +25,7 @@
 #include "migration/migration-qmp.h"
 #include "migration/migration-util.h"
 #include "migration/sparse-stress-tests.h"
+#include "migration/sparse-tests.h"
 #include "migration/sparse-util.h"
 #include "qemu/bitmap.h"
 #include "qemu/units.h"
@@ -816,6 +817,7 @@ void migration_test_add_sparse(MigrationTestEnv *env)
         add_case(&sparse_cases[i]);
     }
     migration_test_add_sparse_modes(env);
+    migration_test_add_sparse_ram(env);
     migration_test_add_sparse_stress(env);
 
     if (!env->full_set) {

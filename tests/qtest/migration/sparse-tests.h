@@ -1,0 +1,17 @@
+/*
+ * QTest testcases for sparse guest RAM
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef SPARSE_TESTS_H
+#define SPARSE_TESTS_H
+
+#include "migration/framework.h"
+
+/* The capability sparse-ram; called by migration_test_add_sparse() */
+void migration_test_add_sparse_ram(MigrationTestEnv *env);
+
+#endif /* SPARSE_TESTS_H */
