@@ -74,6 +74,10 @@ test-binaries: deps
 check-mutations: deps ## Break the code on purpose; the stress test has to notice (minutes)
 	@scripts/check-mutations
 
+.PHONY: fuzz
+fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--seconds 600)
+	@$(PYTHON) scripts/fuzz-stream $(FUZZ_ARGS)
+
 .PHONY: bench
 bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)
 	@$(PYTHON) scripts/bench.py $(BENCH_ARGS)
