@@ -125,8 +125,13 @@ static int seek_data(int fd, const SparseRange *within, SparseRange *data)
     return 0;
 }
 
-/* Linux 6.5, include/uapi/linux/mman.h; not in the headers of older systems */
-#ifndef __NR_cachestat
+/*
+ * Linux 6.5, include/uapi/linux/mman.h; not in the headers of older systems.
+ * The number is not the same everywhere, on MIPS and Alpha for example.
+ */
+#if !defined(__NR_cachestat) && defined(__LP64__) && \
+    (defined(__x86_64__) || defined(__aarch64__) || defined(__powerpc64__) || \
+     defined(__s390x__) || defined(__riscv))
 #define __NR_cachestat 451
 #endif
 
@@ -136,6 +141,7 @@ static int seek_data(int fd, const SparseRange *within, SparseRange *data)
  */
 static int64_t count_pages(int fd, uint64_t start, uint64_t end)
 {
+#ifdef __NR_cachestat
     struct {
         uint64_t off;
         uint64_t len;
@@ -154,6 +160,9 @@ static int64_t count_pages(int fd, uint64_t start, uint64_t end)
         return -errno;
     }
     return stat.nr_cache + stat.nr_evicted;
+#else
+    return -ENOSYS;
+#endif
 }
 
 /*

@@ -166,7 +166,12 @@ static void assert_next_data(int fd, uint64_t from, uint64_t to,
     SparseRange within = { from, to };
     SparseRange data;
 
-    g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+    /* Before Linux 6.5, a large hole is looked at piece by piece */
+    do {
+        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+        within.start = data.start;
+    } while (sparse_range_is_empty(&data) && data.start < to);
+
     g_assert_cmphex(data.start, ==, start);
     g_assert_cmphex(data.end, ==, end);
 }
@@ -200,7 +205,15 @@ static void test_next_data_far(void)
 {
     uint64_t size = FAR + 4 * PAGE;
     int fd = memfd_new(size, 0);
+    SparseRange within = { 0, size };
+    SparseRange data;
 
+    g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+    if (data.start < size) {
+        g_test_skip("the kernel has no cachestat(): it would have to read it all");
+        close(fd);
+        return;
+    }
     assert_next_data(fd, 0, size, size, size);
     write_bytes(fd, FAR, 1, 1);
     assert_next_data(fd, 0, size, FAR, FAR + PAGE);

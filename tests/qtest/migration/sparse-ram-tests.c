@@ -46,7 +46,8 @@
 
 /* What all but RAM may take in the stream: devices, and packets of multifd */
 #define MAX_OTHER_BYTES (512 * KiB)
-#define MAX_IDLE_BYTES (1 * MiB)
+/* Before Linux 6.5, a run is at most 2 MiB long: see cut_hole() */
+#define MAX_IDLE_BYTES (2 * MiB)
 #define MAX_IDLE_GROWTH (16 * MiB)
 
 /* The record of a zero page; that of a run; the name in front of some */
