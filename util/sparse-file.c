@@ -129,10 +129,10 @@ static int seek_data(int fd, const SparseRange *within, SparseRange *data)
  * Linux 6.5, include/uapi/linux/mman.h; not in the headers of older systems.
  * The number is not the same everywhere, on MIPS and Alpha for example.
  */
-#if !defined(__NR_cachestat) && defined(__LP64__) && \
-    (defined(__x86_64__) || defined(__aarch64__) || defined(__powerpc64__) || \
-     defined(__s390x__) || defined(__riscv))
-#define __NR_cachestat 451
+#if !defined(SYS_cachestat) && \
+    (defined(HOST_X86_64) || defined(HOST_AARCH64) || defined(HOST_PPC64) || \
+     defined(HOST_S390X))
+#define SYS_cachestat 451
 #endif
 
 /*
@@ -141,7 +141,7 @@ static int seek_data(int fd, const SparseRange *within, SparseRange *data)
  */
 static int64_t count_pages(int fd, uint64_t start, uint64_t end)
 {
-#ifdef __NR_cachestat
+#ifdef SYS_cachestat
     struct {
         uint64_t off;
         uint64_t len;
@@ -156,7 +156,7 @@ static int64_t count_pages(int fd, uint64_t start, uint64_t end)
 
     /* A length of 0 would mean the rest of the file */
     assert(start < end);
-    if (syscall(__NR_cachestat, fd, &range, &stat, 0) < 0) {
+    if (syscall(SYS_cachestat, fd, &range, &stat, 0) < 0) {
         return -errno;
     }
     return stat.nr_cache + stat.nr_evicted;

@@ -12,6 +12,13 @@
 #define CONFIG_LINUX 1
 #endif
 
+#ifdef __x86_64__
+#define HOST_X86_64 1
+#endif
+#ifdef __aarch64__
+#define HOST_AARCH64 1
+#endif
+
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
