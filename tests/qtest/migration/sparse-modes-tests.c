@@ -827,8 +827,7 @@ static void test_other_process(bool multifd)
     guest_ram_state_take(&guests.before, &guests.src);
 
     if (multifd) {
-        migrate_set_capability(guests.from, "multifd", true);
-        migrate_set_capability(guests.to, "multifd", true);
+        migrate_set_both_capability(guests.from, guests.to, "multifd");
     }
     migrate_tcp(&guests, false);
     check_sparse_destination(&guests);

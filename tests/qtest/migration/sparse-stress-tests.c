@@ -29,6 +29,7 @@
 #include "migration/migration-qmp.h"
 #include "migration/migration-util.h"
 #include "migration/sparse-stress-tests.h"
+#include "migration/sparse-util.h"
 #include "qemu/bswap.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
@@ -202,14 +203,14 @@ static QTestState *start_guest(const StressTest *test, const char *env,
     g_autofree char *machine =
         resolve_machine_version("q35", "QTEST_QEMU_BINARY_SRC",
                                 "QTEST_QEMU_BINARY_DST");
+    const GuestRam ram = { .backend = BACKEND_MEMFD, .size = test->size };
+    g_autofree char *memory = guest_ram_opts(&ram, NULL);
     g_autofree char *args = g_strdup_printf(
-        "-accel %s -machine %s,memory-backend=mem0 "
-        "-m %" PRIu64 "M "
-        "-object memory-backend-memfd,id=mem0,share=on,size=%" PRIu64 " "
+        "-accel %s -machine %s %s "
         "-global migration.x-clear-bitmap-shift=%u "
         "-nodefaults -bios %s -serial file:%s %s",
-        test->accel, machine, test->size / MiB, test->size, test->shift,
-        firmware, serial->path, opts);
+        test->accel, machine, memory, test->shift, firmware, serial->path,
+        opts);
     QTestState *who = qtest_init_with_env(env, args, true);
 
     qtest_qmp_set_event_callback(who, migrate_watch_for_events, state);
@@ -217,24 +218,18 @@ static QTestState *start_guest(const StressTest *test, const char *env,
     return who;
 }
 
-static void set_capability(QTestState *from, QTestState *to, const char *name)
-{
-    migrate_set_capability(from, name, true);
-    migrate_set_capability(to, name, true);
-}
-
 static void set_mode(const StressTest *test, QTestState *from, QTestState *to)
 {
     switch (test->mode) {
     case STRESS_XBZRLE:
         migrate_set_parameter_int(from, "xbzrle-cache-size", 64 * MiB);
-        set_capability(from, to, "xbzrle");
+        migrate_set_both_capability(from, to, "xbzrle");
         break;
     case STRESS_MULTIFD:
     case STRESS_MULTIFD_LEGACY:
         migrate_set_parameter_int(from, "multifd-channels", 4);
         migrate_set_parameter_int(to, "multifd-channels", 4);
-        set_capability(from, to, "multifd");
+        migrate_set_both_capability(from, to, "multifd");
         if (test->mode == STRESS_MULTIFD_LEGACY) {
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }
@@ -385,47 +380,31 @@ static void fast_rounds(const StressTest *test, QTestState *from)
     }
 }
 
-/* Open QEMU's own file descriptor of the file that is the guest's RAM */
-static int open_ram(const StressTest *test, QTestState *who)
-{
-    g_autofree char *dir_path = g_strdup_printf("/proc/%d/fd", qtest_pid(who));
-    g_autoptr(GDir) dir = g_dir_open(dir_path, 0, NULL);
-    const char *name;
-
-    g_assert(dir);
-    while ((name = g_dir_read_name(dir))) {
-        g_autofree char *path = g_build_filename(dir_path, name, NULL);
-        g_autofree char *target = g_file_read_link(path, NULL);
-        struct stat st;
-
-        if (target && g_str_has_prefix(target, "/memfd:") &&
-            stat(path, &st) == 0 && st.st_size == test->size) {
-            return open(path, O_RDONLY | O_CLOEXEC);
-        }
-    }
-    g_assert_not_reached();
-}
-
 static void compare_ram(const StressTest *test, QTestState *from,
                         QTestState *to)
 {
-    g_autofree char *src = g_malloc(PAGE_SIZE);
-    g_autofree char *dst = g_malloc(PAGE_SIZE);
-    int src_fd = open_ram(test, from);
-    int dst_fd = open_ram(test, to);
-    uint64_t offset, bad = 0;
+    g_autofree char *src_page = g_malloc(PAGE_SIZE);
+    g_autofree char *dst_page = g_malloc(PAGE_SIZE);
+    uint64_t page, bad = 0;
+    GuestRam src, dst;
 
-    for (offset = 0; offset < test->size; offset += PAGE_SIZE) {
-        g_assert_cmpint(pread(src_fd, src, PAGE_SIZE, offset), ==, PAGE_SIZE);
-        g_assert_cmpint(pread(dst_fd, dst, PAGE_SIZE, offset), ==, PAGE_SIZE);
-        if (memcmp(src, dst, PAGE_SIZE) && bad++ < 10) {
+    guest_ram_init(&src, BACKEND_MEMFD, test->size);
+    guest_ram_init(&dst, BACKEND_MEMFD, test->size);
+    guest_ram_open(&src, from);
+    guest_ram_open(&dst, to);
+    /* All of it, whatever the kernel says about holes */
+    for (page = 0; page < guest_ram_pages(&src); page++) {
+        guest_ram_read_page(&src, page, src_page);
+        guest_ram_read_page(&dst, page, dst_page);
+        if (memcmp(src_page, dst_page, PAGE_SIZE) && bad++ < 10) {
             g_test_message("the page at 0x%" PRIx64 " differs: it begins with "
                            "0x%08x on the source, 0x%08x on the destination",
-                           offset, ldl_le_p(src), ldl_le_p(dst));
+                           page * PAGE_SIZE, ldl_le_p(src_page),
+                           ldl_le_p(dst_page));
         }
     }
-    close(src_fd);
-    close(dst_fd);
+    guest_ram_close(&src);
+    guest_ram_close(&dst);
     if (bad) {
         g_error("%" PRIu64 " pages of the destination are not what they are "
                 "on the source", bad);

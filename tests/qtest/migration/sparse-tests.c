@@ -564,8 +564,7 @@ static void set_mode(SparseMode mode, QTestState *from, QTestState *to)
         return;
     case MODE_XBZRLE:
         migrate_set_parameter_int(from, "xbzrle-cache-size", 32 * MiB);
-        migrate_set_capability(from, "xbzrle", true);
-        migrate_set_capability(to, "xbzrle", true);
+        migrate_set_both_capability(from, to, "xbzrle");
         break;
     default:
         break;
@@ -594,8 +593,7 @@ static void migrate_stopped(const SparseTest *test, QTestState *from,
                             const GuestRam *dst)
 {
     if (test->c->colo) {
-        migrate_set_capability(from, "x-colo", true);
-        migrate_set_capability(to, "x-colo", true);
+        migrate_set_both_capability(from, to, "x-colo");
     }
     set_mode(test->mode, from, to);
     migrate_ensure_converge(from);
@@ -818,6 +816,7 @@ void migration_test_add_sparse(MigrationTestEnv *env)
     }
     migration_test_add_sparse_modes(env);
     migration_test_add_sparse_ram(env);
+    migration_test_add_sparse_hostile(env);
     migration_test_add_sparse_stress(env);
 
     if (!env->full_set) {

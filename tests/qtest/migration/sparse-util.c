@@ -674,6 +674,60 @@ void check_hole_statistics(QTestState *from, const GuestRam *ram,
     }
 }
 
+bool guest_pair_start(GuestPair *pair, SparseBackend backend, uint64_t size,
+                      const char *opts, const char *opts_target)
+{
+    g_autofree char *src_memory = NULL;
+    g_autofree char *dst_memory = NULL;
+    g_autofree char *source = NULL;
+    g_autofree char *target = NULL;
+    MigrateStart args = { };
+
+    guest_ram_init(&pair->src, backend, size);
+    guest_ram_init(&pair->dst, backend, size);
+    src_memory = guest_ram_opts(&pair->src, NULL);
+    dst_memory = guest_ram_opts(&pair->dst, NULL);
+    source = g_strdup_printf("-S %s %s", src_memory, opts ? opts : "");
+    /* After postcopy, a destination would start whatever the source did */
+    target = g_strdup_printf("-S %s %s %s", dst_memory, opts ? opts : "",
+                             opts_target ? opts_target : "");
+    args.opts_source = source;
+    args.opts_target = target;
+
+    if (migrate_start(&pair->from, &pair->to, "defer", &args)) {
+        guest_ram_close(&pair->src);
+        guest_ram_close(&pair->dst);
+        return false;
+    }
+    guest_ram_open(&pair->src, pair->from);
+    guest_ram_open(&pair->dst, pair->to);
+    return true;
+}
+
+void guest_pair_end(GuestPair *pair)
+{
+    migrate_end(pair->from, pair->to, false);
+    guest_ram_close(&pair->src);
+    guest_ram_close(&pair->dst);
+}
+
+char *take_stderr(const char *path)
+{
+    char *text = NULL;
+
+    g_assert(g_file_get_contents(path, &text, NULL, NULL));
+    unlink(path);
+    g_test_message("stderr: %s", text);
+    return text;
+}
+
+void migrate_set_both_capability(QTestState *from, QTestState *to,
+                                 const char *name)
+{
+    migrate_set_capability(from, name, true);
+    migrate_set_capability(to, name, true);
+}
+
 static bool have_huge_pages(uint64_t pages)
 {
     uint64_t free_pages = read_sysfs_number(HUGETLB_SYSFS "free_hugepages");

@@ -192,7 +192,37 @@ void check_hole_statistics(QTestState *from, const GuestRam *ram,
                            const GuestRamState *before, const uint8_t *kinds,
                            HoleCount expect);
 
+/* Two guests with RAM of the same kind */
+typedef struct GuestPair {
+    QTestState *from;
+    QTestState *to;
+    GuestRam src;
+    GuestRam dst;
+} GuestPair;
+
+/*
+ * Start a guest that is stopped, and one that waits for it and does not start
+ * by itself either.
+ *
+ * @opts are for both sides, @opts_target for the destination; each may be NULL
+ *
+ * Returns whether that was done; if not, it has been said why
+ */
+bool guest_pair_start(GuestPair *pair, SparseBackend backend, uint64_t size,
+                      const char *opts, const char *opts_target);
+void guest_pair_end(GuestPair *pair);
+
+/* What a QEMU has printed to a file, which is removed */
+char *take_stderr(const char *path);
+
+/* Switch a capability on, on both sides */
+void migrate_set_both_capability(QTestState *from, QTestState *to,
+                                 const char *name);
+
 /* Add the tests of sparse-modes-tests.c */
 void migration_test_add_sparse_modes(MigrationTestEnv *the_env);
+
+/* Add the tests of sparse-hostile-tests.c */
+void migration_test_add_sparse_hostile(MigrationTestEnv *env);
 
 #endif /* SPARSE_UTIL_H */

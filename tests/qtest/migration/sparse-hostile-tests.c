@@ -1,0 +1,587 @@
+/*
+ * QTest testcases for the migration capability sparse-ram: hostile streams
+ *
+ * The start of a real stream is followed by a record that no source sends.  The
+ * destination has to refuse it with a message that says why, and must not have
+ * touched its memory.
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include "libqtest.h"
+#include "migration/framework.h"
+#include "migration/migration-qmp.h"
+#include "migration/migration-util.h"
+#include "migration/sparse-util.h"
+#include "qemu/bswap.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+
+#define PAGE_SIZE (4 * KiB)
+#define RAM_SIZE (64 * MiB)
+#define LAST_PAGE (RAM_SIZE - PAGE_SIZE)
+
+/* What is in the stream; see migration/ram.c and migration/savevm.[ch] */
+#define VM_SECTION_START 0x01
+#define VM_SECTION_PART 0x02
+#define VM_COMMAND 0x08
+#define VM_SECTION_FOOTER 0x7e
+#define VM_CMD_OPEN_RETURN_PATH 1
+#define VM_CMD_POSTCOPY_ADVISE 3
+#define VM_CMD_POSTCOPY_LISTEN 4
+#define VM_CMD_POSTCOPY_RUN 5
+#define VM_CMD_POSTCOPY_RAM_DISCARD 6
+#define VM_CMD_PACKAGED 7
+#define RAM_FLAG_ZERO 0x02
+#define RAM_FLAG_PAGE 0x08
+#define RAM_FLAG_EOS 0x10
+#define RAM_FLAG_CONTINUE 0x20
+#define ZERO_RUN 1
+
+/* The type and the number of a section; its footer has the same length */
+#define SECTION_HEADER_BYTES (1 + 4)
+/* The page header of a record with the name of the block */
+#define HEADER_BYTES (8 + 1 + sizeof(BACKEND_ID) - 1)
+
+static const char *tmpfs;
+
+typedef struct HostileCase {
+    const char *name;
+    /* The record: page header without flags, and flags */
+    uint64_t offset;
+    bool no_name;           /* RAM_FLAG_CONTINUE, without a block before */
+    const char *block;      /* BACKEND_ID if NULL */
+    uint8_t value;
+    uint64_t npages;
+    /* Bytes of the record that are sent; all if 0 */
+    size_t length;
+    bool capability_off;
+    SparseBackend backend;
+    /* One more capability, for both sides */
+    const char *capability;
+    /* A run that is good is in front of it */
+    bool after_run;
+    /* What the destination says */
+    const char *message;
+} HostileCase;
+
+static const HostileCase hostile_cases[] = {
+    {
+        .name = "no-pages",
+        .value = ZERO_RUN,
+        .message = "RAM block 'mem0': a run of 0 zero pages at offset 0x0 "
+                   "is not between 1 and 16384",
+    }, {
+        .name = "beyond-block",
+        .value = ZERO_RUN,
+        .npages = RAM_SIZE / (PAGE_SIZE) + 1,
+        .message = "RAM block 'mem0': a run of 16385 zero pages at offset 0x0 "
+                   "is not between 1 and 16384",
+    }, {
+        .name = "beyond-block-from-last-page",
+        .offset = LAST_PAGE,
+        .value = ZERO_RUN,
+        .npages = 2,
+        .message = "RAM block 'mem0': a run of 2 zero pages at offset "
+                   "0x3fff000 is not between 1 and 1",
+    }, {
+        .name = "all-ones",
+        .value = ZERO_RUN,
+        .npages = UINT64_MAX,
+        .message = "RAM block 'mem0': a run of 18446744073709551615 zero "
+                   "pages at offset 0x0 is not between 1 and 16384",
+    }, {
+        /* 2^64 bytes, and one page more, which is 4096 bytes if not checked */
+        .name = "overflow",
+        .value = ZERO_RUN,
+        .npages = (1ULL << 52) + 1,
+        .message = "RAM block 'mem0': a run of 4503599627370497 zero pages at "
+                   "offset 0x0 is not between 1 and 16384",
+    }, {
+        .name = "end-of-block",
+        .offset = RAM_SIZE,
+        .value = ZERO_RUN,
+        .npages = 1,
+        .message = "Illegal RAM offset 4000000",
+    }, {
+        .name = "far-offset",
+        .offset = -4096ULL,
+        .value = ZERO_RUN,
+        .npages = 2,
+        .message = "Illegal RAM offset fffffffffffff000",
+    }, {
+        .name = "unknown-block",
+        .block = "mem1",
+        .value = ZERO_RUN,
+        .npages = 1,
+        .message = "Can't find block mem1",
+    }, {
+        /* A block that neither side migrates */
+        .name = "ignored-block",
+        .backend = BACKEND_SHM_FILE,
+        .value = ZERO_RUN,
+        .npages = 1,
+        .capability = "x-ignore-shared",
+        .message = "block mem0 should not be migrated !",
+    }, {
+        .name = "no-block",
+        .no_name = true,
+        .value = ZERO_RUN,
+        .npages = 1,
+        .message = "Ack, bad migration stream!",
+    }, {
+        .name = "truncated-before-count",
+        .value = ZERO_RUN,
+        .length = HEADER_BYTES + 1,
+        .message = "Reading a run of zero pages of RAM block 'mem0' failed",
+    }, {
+        .name = "truncated-count",
+        .value = ZERO_RUN,
+        .npages = 1,
+        .length = HEADER_BYTES + 1 + 7,
+        .message = "Reading a run of zero pages of RAM block 'mem0' failed",
+    }, {
+        .name = "value",
+        .value = 2,
+        .npages = 1,
+        .message = "Found a zero page with value 2",
+    }, {
+        .name = "capability-off",
+        .value = ZERO_RUN,
+        .npages = 1,
+        .capability_off = true,
+        .message = "Found a zero page with value 1",
+    }, {
+        .name = "after-a-run",
+        .value = ZERO_RUN,
+        .npages = 1ULL << 40,
+        .after_run = true,
+        .message = "RAM block 'mem0': a run of 1099511627776 zero pages at "
+                   "offset 0x0 is not between 1 and 16384",
+    },
+};
+
+static void put_be64(GByteArray *stream, uint64_t value)
+{
+    uint8_t bytes[8];
+
+    stq_be_p(bytes, value);
+    g_byte_array_append(stream, bytes, sizeof(bytes));
+}
+
+static void put_byte(GByteArray *stream, uint8_t value)
+{
+    g_byte_array_append(stream, &value, 1);
+}
+
+static void put_name(GByteArray *stream, const char *block)
+{
+    put_byte(stream, strlen(block));
+    g_byte_array_append(stream, (const uint8_t *)block, strlen(block));
+}
+
+static void put_run(GByteArray *stream, const char *block, uint64_t offset,
+                    uint8_t value, uint64_t npages)
+{
+    put_be64(stream, offset | RAM_FLAG_ZERO | (block ? 0 : RAM_FLAG_CONTINUE));
+    if (block) {
+        put_name(stream, block);
+    }
+    put_byte(stream, value);
+    if (value) {
+        put_be64(stream, npages);
+    }
+}
+
+/* Returns where @needle is in @stream, from @start on */
+static size_t find_bytes(const GByteArray *stream, size_t start,
+                         const void *needle, size_t length)
+{
+    const uint8_t *found = memmem(stream->data + start, stream->len - start,
+                                  needle, length);
+
+    g_assert(found);
+    return found - stream->data;
+}
+
+/* Returns where the section of RAM starts */
+static size_t find_ram(const GByteArray *stream)
+{
+    static const uint8_t ram[] = "\003ram\0\0\0\0\0\0\0\004";
+    size_t name = find_bytes(stream, 0, ram, sizeof(ram) - 1);
+
+    g_assert_cmpint(stream->data[name - SECTION_HEADER_BYTES], ==,
+                    VM_SECTION_START);
+    return name - SECTION_HEADER_BYTES;
+}
+
+/*
+ * Cut the stream in front of RAM's first section of pages.  Until there, it has
+ * the configuration and the sizes of all blocks.
+ *
+ * Returns the header of such a section, which the caller has to free.
+ */
+static GByteArray *cut_at_pages(GByteArray *stream)
+{
+    GByteArray *header = g_byte_array_new();
+    size_t start = find_ram(stream), pos = start;
+
+    put_byte(header, VM_SECTION_PART);
+    /* The number of the section */
+    g_byte_array_append(header, &stream->data[start + 1], 4);
+    do {
+        pos = find_bytes(stream, pos + 1, header->data, header->len);
+    } while (stream->data[pos - SECTION_HEADER_BYTES] != VM_SECTION_FOOTER);
+    g_byte_array_set_size(stream, pos);
+    return header;
+}
+
+static void put_bytes(GByteArray *stream, const GByteArray *bytes)
+{
+    g_byte_array_append(stream, bytes->data, bytes->len);
+}
+
+/* Returns a real stream */
+static GByteArray *capture_stream(QTestState *from, QTestState *to,
+                                  const char *uri, const char *path)
+{
+    gsize length;
+    char *data;
+
+    migrate_ensure_converge(from);
+    migrate_qmp(from, to, uri, NULL, "{}");
+    wait_for_migration_complete(from);
+    g_assert(g_file_get_contents(path, &data, &length, NULL));
+    return g_byte_array_new_take((uint8_t *)data, length);
+}
+
+static void put_hostile(GByteArray *stream, const HostileCase *c)
+{
+    size_t start;
+
+    if (c->after_run) {
+        put_run(stream, BACKEND_ID, 0, ZERO_RUN, RAM_SIZE / PAGE_SIZE);
+    }
+    start = stream->len;
+    put_run(stream,
+            c->no_name ? NULL : c->block ? c->block : BACKEND_ID,
+            c->offset, c->value, c->npages);
+    if (c->length) {
+        g_byte_array_set_size(stream, start + c->length);
+    } else {
+        put_be64(stream, RAM_FLAG_EOS);
+    }
+}
+
+static void test_hostile(const void *opaque)
+{
+    const HostileCase *c = opaque;
+    g_autofree char *path = g_strdup_printf("%s/" FILE_TEST_FILENAME, tmpfs);
+    g_autofree char *uri = g_strdup_printf("file:%s", path);
+    g_autofree char *stderr_path = g_strdup_printf("%s/dest_stderr", tmpfs);
+    g_autofree char *redirection = g_strdup_printf("2>%s", stderr_path);
+    g_autofree char *text = NULL;
+    g_autofree uint8_t *kinds = NULL;
+    g_autoptr(GByteArray) stream = NULL;
+    g_autoptr(GByteArray) section = NULL;
+    g_auto(GuestRamState) before = { }, after = { };
+    const char *reason = sparse_backend_skip_reason(c->backend);
+    GuestPair pair;
+
+    if (reason) {
+        g_test_skip(reason);
+        return;
+    }
+    if (!guest_pair_start(&pair, c->backend, RAM_SIZE, NULL, redirection)) {
+        return;
+    }
+    /* What is to be there afterwards, but for "after-a-run", which clears it */
+    kinds = sparse_pattern_new(PATTERN_MIXED, guest_ram_pages(&pair.dst));
+    guest_ram_prepare(&pair.dst, kinds);
+    guest_ram_state_take(&before, &pair.dst);
+
+    if (!c->capability_off) {
+        migrate_set_both_capability(pair.from, pair.to, "sparse-ram");
+    }
+    if (c->capability) {
+        migrate_set_both_capability(pair.from, pair.to, c->capability);
+    }
+    stream = capture_stream(pair.from, pair.to, uri, path);
+    section = cut_at_pages(stream);
+    put_bytes(stream, section);
+    put_hostile(stream, c);
+    g_assert(g_file_set_contents(path, (char *)stream->data, stream->len,
+                                 NULL));
+    /* A signal would be another status */
+    qtest_set_expected_status(pair.to, EXIT_FAILURE);
+    migrate_incoming_qmp(pair.to, uri, NULL, "{}");
+    qtest_wait_qemu(pair.to);
+
+    text = take_stderr(stderr_path);
+    g_assert(strstr(text, c->message));
+    if (c->after_run) {
+        memset(kinds, PAGE_HOLE, guest_ram_pages(&pair.dst));
+    }
+    guest_ram_check_pattern(&pair.dst, kinds);
+    guest_ram_state_take(&after, &pair.dst);
+    guest_ram_check_growth(&pair.dst, &before, &after,
+                           c->after_run ? RAM_RELEASED : RAM_KEPT, 0,
+                           guest_ram_pages(&pair.dst));
+    guest_pair_end(&pair);
+}
+
+/*
+ * In the middle of postcopy
+ *
+ * There are no runs in this phase, on any channel: pages are placed one by one,
+ * and what has been placed belongs to a guest that may be running.
+ */
+
+/* What has arrived when the hostile record does, before and after the switch */
+#define PRECOPY_PAGE 3
+#define POSTCOPY_PAGE 7
+
+typedef struct PostcopyCase {
+    const char *name;
+    uint64_t offset;
+    const char *block;
+    uint8_t value;
+    uint64_t npages;
+    /* What the destination says */
+    const char *message;
+} PostcopyCase;
+
+static const PostcopyCase postcopy_cases[] = {
+    {
+        .name = "run",
+        .value = ZERO_RUN,
+        .npages = POSTCOPY_PAGE + 1,
+        .message = "Found a zero page with value 1",
+    }, {
+        .name = "all-ones",
+        .value = ZERO_RUN,
+        .npages = UINT64_MAX,
+        .message = "Found a zero page with value 1",
+    }, {
+        .name = "value",
+        .value = 2,
+        .message = "Found a zero page with value 2",
+    }, {
+        .name = "end-of-block",
+        .offset = RAM_SIZE,
+        .value = ZERO_RUN,
+        .npages = 1,
+        .message = "Illegal RAM offset 4000000",
+    }, {
+        .name = "unknown-block",
+        .block = "mem1",
+        .value = ZERO_RUN,
+        .npages = 1,
+        .message = "Can't find block mem1",
+    },
+};
+
+static void put_be16(GByteArray *stream, uint16_t value)
+{
+    uint8_t bytes[2];
+
+    stw_be_p(bytes, value);
+    g_byte_array_append(stream, bytes, sizeof(bytes));
+}
+
+static void put_be32(GByteArray *stream, uint32_t value)
+{
+    uint8_t bytes[4];
+
+    stl_be_p(bytes, value);
+    g_byte_array_append(stream, bytes, sizeof(bytes));
+}
+
+/* A command, without what belongs to it */
+static void put_command(GByteArray *stream, uint16_t command, uint16_t length)
+{
+    put_byte(stream, VM_COMMAND);
+    put_be16(stream, command);
+    put_be16(stream, length);
+}
+
+static void put_data(GByteArray *stream, uint64_t page, const void *data)
+{
+    put_be64(stream, page * PAGE_SIZE | RAM_FLAG_PAGE);
+    put_name(stream, BACKEND_ID);
+    g_byte_array_append(stream, data, PAGE_SIZE);
+}
+
+/* What is dirty on the source; there has to be something */
+static void put_discard(GByteArray *stream, uint64_t page)
+{
+    put_command(stream, VM_CMD_POSTCOPY_RAM_DISCARD,
+                1 + 1 + strlen(BACKEND_ID) + 1 + 2 * 8);
+    put_byte(stream, 0);
+    put_name(stream, BACKEND_ID);
+    put_byte(stream, 0);
+    put_be64(stream, page * PAGE_SIZE);
+    put_be64(stream, PAGE_SIZE);
+}
+
+/*
+ * Turn the start of a real stream into one of a migration that switches to
+ * postcopy, with one page of data before that.  @section is the header of a
+ * section of pages.
+ */
+static void put_switchover(GByteArray *stream, const GByteArray *section,
+                           const uint8_t *kinds)
+{
+    g_autofree uint64_t *page = g_malloc(PAGE_SIZE);
+    g_autoptr(GByteArray) setup = g_byte_array_new();
+    g_autoptr(GByteArray) package = g_byte_array_new();
+    size_t start = find_ram(stream);
+
+    g_byte_array_append(setup, stream->data + start, stream->len - start);
+    g_byte_array_set_size(stream, start);
+
+    put_command(stream, VM_CMD_OPEN_RETURN_PATH, 0);
+    put_command(stream, VM_CMD_POSTCOPY_ADVISE, 16);
+    put_be64(stream, qemu_real_host_page_size());
+    put_be64(stream, PAGE_SIZE);
+    put_bytes(stream, setup);
+
+    put_bytes(stream, section);
+    sparse_pattern_page(page, kinds, PRECOPY_PAGE, PAGE_SIZE);
+    put_data(stream, PRECOPY_PAGE, page);
+    put_be64(stream, RAM_FLAG_EOS);
+    put_byte(stream, VM_SECTION_FOOTER);
+    g_byte_array_append(stream, section->data + 1, 4);
+
+    put_discard(stream, POSTCOPY_PAGE);
+    put_command(package, VM_CMD_POSTCOPY_LISTEN, 0);
+    put_command(package, VM_CMD_POSTCOPY_RUN, 0);
+    put_command(stream, VM_CMD_PACKAGED, 4);
+    put_be32(stream, package->len);
+    put_bytes(stream, package);
+}
+
+/* One page of data, and @c */
+static void put_hostile_postcopy(GByteArray *stream, const GByteArray *section,
+                                 const PostcopyCase *c, const uint8_t *kinds)
+{
+    g_autofree uint64_t *page = g_malloc(PAGE_SIZE);
+
+    put_bytes(stream, section);
+    sparse_pattern_page(page, kinds, POSTCOPY_PAGE, PAGE_SIZE);
+    put_data(stream, POSTCOPY_PAGE, page);
+    put_run(stream, c->block ? c->block : BACKEND_ID, c->offset, c->value,
+            c->npages);
+    put_be64(stream, RAM_FLAG_EOS);
+}
+
+static int connect_to(const char *path)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(strlen(path), <, sizeof(address.sun_path));
+    strcpy(address.sun_path, path);
+    g_assert_cmpint(connect(fd, (struct sockaddr *)&address, sizeof(address)),
+                    ==, 0);
+    return fd;
+}
+
+static void send_all(int fd, const GByteArray *stream)
+{
+    g_assert_cmpint(qemu_write_full(fd, stream->data, stream->len), ==,
+                    stream->len);
+}
+
+/* As long as devices are being loaded, QEMU ends if anything is wrong */
+static void wait_for_run(QTestState *to)
+{
+    QDict *rsp;
+    bool loading;
+
+    do {
+        g_usleep(1000);
+        rsp = qtest_qmp_assert_success_ref(to, "{'execute': 'query-status'}");
+        loading = g_str_equal(qdict_get_str(rsp, "status"), "inmigrate");
+        qobject_unref(rsp);
+    } while (loading);
+}
+
+static void test_hostile_postcopy(const void *opaque)
+{
+    const PostcopyCase *c = opaque;
+    const char *ungoals[] = { "completed", "failed", NULL };
+    g_autofree char *path = g_strdup_printf("%s/" FILE_TEST_FILENAME, tmpfs);
+    g_autofree char *uri = g_strdup_printf("file:%s", path);
+    g_autofree char *socket_path = g_strdup_printf("%s/migsocket", tmpfs);
+    g_autofree char *socket_uri = g_strdup_printf("unix:%s", socket_path);
+    g_autofree char *stderr_path = g_strdup_printf("%s/dest_stderr", tmpfs);
+    g_autofree char *redirection = g_strdup_printf("2>%s", stderr_path);
+    g_autofree char *text = NULL;
+    g_autofree uint8_t *kinds = NULL;
+    g_autoptr(GByteArray) stream = NULL;
+    g_autoptr(GByteArray) section = NULL;
+    g_autoptr(GByteArray) hostile = g_byte_array_new();
+    GuestPair pair;
+    int fd;
+
+    if (!guest_pair_start(&pair, BACKEND_MEMFD, RAM_SIZE, NULL, redirection)) {
+        return;
+    }
+    migrate_set_both_capability(pair.from, pair.to, "sparse-ram");
+    stream = capture_stream(pair.from, pair.to, uri, path);
+
+    kinds = sparse_pattern_new(PATTERN_EMPTY, guest_ram_pages(&pair.dst));
+    kinds[PRECOPY_PAGE] = kinds[POSTCOPY_PAGE] = PAGE_DATA;
+    section = cut_at_pages(stream);
+    put_switchover(stream, section, kinds);
+    put_hostile_postcopy(hostile, section, c, kinds);
+
+    migrate_set_capability(pair.to, "postcopy-ram", true);
+    migrate_incoming_qmp(pair.to, socket_uri, NULL, "{}");
+    fd = connect_to(socket_path);
+    send_all(fd, stream);
+    wait_for_run(pair.to);
+    send_all(fd, hostile);
+
+    /* As if the connection had been lost: the guest may have run */
+    wait_for_migration_status(pair.to, "postcopy-paused", ungoals);
+    text = take_stderr(stderr_path);
+    g_assert(strstr(text, c->message));
+    guest_ram_check_pattern(&pair.dst, kinds);
+
+    close(fd);
+    unlink(socket_path);
+    guest_pair_end(&pair);
+}
+
+void migration_test_add_sparse_hostile(MigrationTestEnv *env)
+{
+    tmpfs = env->tmpfs;
+
+    for (size_t i = 0; i < ARRAY_SIZE(hostile_cases); i++) {
+        g_autofree char *path =
+            g_strdup_printf("/migration/sparse/capability/hostile/%s",
+                            hostile_cases[i].name);
+
+        qtest_add_data_func(path, &hostile_cases[i], test_hostile);
+    }
+    if (!env->has_uffd) {
+        return;
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(postcopy_cases); i++) {
+        g_autofree char *path =
+            g_strdup_printf("/migration/sparse/capability/hostile/postcopy/%s",
+                            postcopy_cases[i].name);
+
+        qtest_add_data_func(path, &postcopy_cases[i], test_hostile_postcopy);
+    }
+}
