@@ -21,15 +21,21 @@
 #include "migration/migration-util.h"
 #include "migration/sparse-tests.h"
 #include "migration/sparse-util.h"
+#ifdef CONFIG_GNUTLS
+# include "crypto/tlscredspsk.h"
+# include "tests/unit/crypto-tls-psk-helpers.h"
+#endif
 #include "qobject/qdict.h"
 #include "qemu/bitmap.h"
 #include "qemu/cutils.h"
+#include "qemu/sockets.h"
 #include "qemu/units.h"
 
 /* The pages that are written to during a migration; a prime number */
 #define REWRITE_PAGES 12289
 
 #define CAPABILITY "sparse-ram"
+#define TLS_DIR "tls"
 
 /* Large, so that what is sent for holes would show; little of it has data */
 #define RUNS_SIZE (1 * GiB)
@@ -50,12 +56,16 @@
 #define ZERO_RUN_BYTES (8 + 1 + 8)
 #define BLOCK_NAME_BYTES (1 + sizeof(BACKEND_ID) - 1)
 
+/* What a run of populated pages has at least, but for the last one */
+#define ZEROED_RUN_PAGES 64
+
 typedef enum Mode {
     MODE_PRECOPY,
     MODE_XBZRLE,
     MODE_MULTIFD,
     MODE_MULTIFD_LEGACY,
     MODE_FILE,
+    MODE_FD,
     MODE_POSTCOPY,      /* switched to before anything much was sent */
     MODE_PREEMPT,       /* the same */
     MODE_POSTCOPY_PASS, /* switched to when the first pass is over */
@@ -75,6 +85,9 @@ typedef struct CapabilityCase {
     const char *capability;
     SparseBackend backend;
     bool no_zero_page_detection;
+    bool tls;
+    /* All pages are populated and zero, instead of holes most of them */
+    bool zeroed;
     /* Pages are written to while they are migrated */
     bool rewrite;
     /* A chunk of clear_bmap in target pages, where runs are cut; 0: default */
@@ -97,15 +110,29 @@ static const CapabilityCase capability_cases[] = {
         .mode = MODE_MULTIFD_LEGACY,
     },
     { .name = "file", .mode = MODE_FILE },
+    { .name = "fd", .mode = MODE_FD },
+    { .name = "tls/precopy", .tls = true },
+    { .name = "tls/multifd", .mode = MODE_MULTIFD, .tls = true },
+    { .name = "tls/multifd-legacy", .mode = MODE_MULTIFD_LEGACY, .tls = true },
     { .name = "return-path", .capability = "return-path" },
     {
         .name = "validate-uuid",
         .opts = "-uuid 6f7b0d1c-4f1e-4a55-9d5b-0d6a6b1d1f27",
         .capability = "validate-uuid",
     },
+    { .name = "machine/pc-q35-2.12", .machine = "pc-q35-2.12" },
     { .name = "machine/pc-q35-8.0", .machine = "pc-q35-8.0" },
     { .name = "machine/pc-q35-9.0", .machine = "pc-q35-9.0" },
     {
+        /* Flushes each section, and finds zero pages in the main thread */
+        .name = "machine/pc-q35-8.0/multifd",
+        .mode = MODE_MULTIFD,
+        .machine = "pc-q35-8.0",
+    }, {
+        .name = "machine/pc-q35-9.0/multifd",
+        .mode = MODE_MULTIFD,
+        .machine = "pc-q35-9.0",
+    }, {
         .name = "clear-bitmap-shift",
         .opts = "-global migration.x-clear-bitmap-shift=6",
         .chunk_pages = 1 << 6,
@@ -119,6 +146,31 @@ static const CapabilityCase capability_cases[] = {
         .name = "no-zero-page-detection",
         .size = SMALL_SIZE,
         .no_zero_page_detection = true,
+    },
+
+    /* Runs of pages that are no holes, and are read to find out */
+    { .name = "zeroed/precopy", .size = LIVE_SIZE, .zeroed = true },
+    {
+        .name = "zeroed/xbzrle",
+        .mode = MODE_XBZRLE,
+        .size = LIVE_SIZE,
+        .zeroed = true,
+    }, {
+        .name = "zeroed/multifd-legacy",
+        .mode = MODE_MULTIFD_LEGACY,
+        .size = LIVE_SIZE,
+        .zeroed = true,
+    }, {
+        /* Found by the threads, and sent in their packets */
+        .name = "zeroed/multifd",
+        .mode = MODE_MULTIFD,
+        .size = LIVE_SIZE,
+        .zeroed = true,
+    }, {
+        .name = "zeroed/clear-bitmap-shift",
+        .size = LIVE_SIZE,
+        .opts = "-global migration.x-clear-bitmap-shift=6",
+        .zeroed = true,
     },
 
     /* Holes become data and data zero while they are on their way */
@@ -138,6 +190,17 @@ static const CapabilityCase capability_cases[] = {
         .name = "rewrite/multifd/legacy",
         .mode = MODE_MULTIFD_LEGACY,
         .rewrite = true,
+    }, {
+        .name = "rewrite/zeroed",
+        .size = LIVE_SIZE,
+        .zeroed = true,
+        .rewrite = true,
+    }, {
+        .name = "rewrite/zeroed-xbzrle",
+        .mode = MODE_XBZRLE,
+        .size = LIVE_SIZE,
+        .zeroed = true,
+        .rewrite = true,
     },
 };
 
@@ -150,6 +213,17 @@ static const CapabilityCase postcopy_cases[] = {
         .name = "postcopy/at-once-preempt",
         .mode = MODE_PREEMPT,
         .size = SMALL_SIZE,
+    }, {
+        .name = "postcopy/tls",
+        .mode = MODE_POSTCOPY,
+        .size = SMALL_SIZE,
+        .tls = true,
+    }, {
+        /* Another way to connect the preempt channel */
+        .name = "postcopy/machine/pc-q35-7.1/preempt",
+        .mode = MODE_PREEMPT,
+        .size = SMALL_SIZE,
+        .machine = "pc-q35-7.1",
     }, {
         .name = "postcopy/after-first-pass",
         .mode = MODE_POSTCOPY_PASS,
@@ -266,7 +340,7 @@ static void rewrite_pages(QTestState *from, unsigned round)
 }
 
 static void run_precopy(const CapabilityCase *c, QTestState *from,
-                        QTestState *to)
+                        QTestState *to, const char *uri)
 {
     unsigned round = 0;
 
@@ -278,7 +352,7 @@ static void run_precopy(const CapabilityCase *c, QTestState *from,
     } else {
         migrate_ensure_converge(from);
     }
-    migrate_qmp(from, to, NULL, NULL, "{}");
+    migrate_qmp(from, to, uri, NULL, "{}");
     if (c->rewrite) {
         g_autofree char *status = NULL;
 
@@ -309,6 +383,61 @@ static void run_file(QTestState *from, QTestState *to)
     wait_for_migration_complete(from);
     migrate_incoming_qmp(to, uri, NULL, "{}");
     wait_for_migration_complete(to);
+}
+
+static void send_fd(QTestState *who, int fd)
+{
+    qtest_qmp_fds_assert_success(who, &fd, 1,
+                                 "{ 'execute': 'getfd',"
+                                 "  'arguments': { 'fdname': 'fd-mig' }}");
+    close(fd);
+}
+
+static void run_fd(const CapabilityCase *c, QTestState *from, QTestState *to)
+{
+    int sockets[2];
+
+    g_assert_cmpint(qemu_socketpair(PF_LOCAL, SOCK_STREAM, 0, sockets), ==, 0);
+    send_fd(from, sockets[0]);
+    send_fd(to, sockets[1]);
+    migrate_incoming_qmp(to, "fd:fd-mig", NULL, "{}");
+    run_precopy(c, from, to, "fd:fd-mig");
+}
+
+/* TLS with a key that both sides know, and read when they need it */
+static void set_tls(QTestState *from, QTestState *to)
+{
+#ifdef CONFIG_GNUTLS
+    g_autofree char *dir = g_strdup_printf("%s/" TLS_DIR, tmpfs);
+    g_autofree char *file = g_strdup_printf("%s/" QCRYPTO_TLS_CREDS_PSKFILE,
+                                            dir);
+
+    g_assert_cmpint(g_mkdir_with_parents(dir, 0700), ==, 0);
+    test_tls_psk_init(file);
+    qtest_qmp_assert_success(from, "{ 'execute': 'object-add', 'arguments': {"
+                             "'qom-type': 'tls-creds-psk', 'id': 'tls0',"
+                             "'endpoint': 'client', 'dir': %s,"
+                             "'username': 'qemu' } }", dir);
+    qtest_qmp_assert_success(to, "{ 'execute': 'object-add', 'arguments': {"
+                             "'qom-type': 'tls-creds-psk', 'id': 'tls0',"
+                             "'endpoint': 'server', 'dir': %s } }", dir);
+    migrate_set_parameter_str(from, "tls-creds", "tls0");
+    migrate_set_parameter_str(to, "tls-creds", "tls0");
+#else
+    g_assert_not_reached();
+#endif
+}
+
+static void remove_tls_key(void)
+{
+#ifdef CONFIG_GNUTLS
+    g_autofree char *dir = g_strdup_printf("%s/" TLS_DIR, tmpfs);
+    g_autofree char *file = g_strdup_printf("%s/" QCRYPTO_TLS_CREDS_PSKFILE,
+                                            dir);
+
+    test_tls_psk_cleanup(file);
+    rmdir(dir);
+#endif
 }
 
 static void run_postcopy(const CapabilityCase *c, QTestState *from,
@@ -342,6 +471,9 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
     if (c->capability) {
         migrate_set_both_capability(from, to, c->capability);
     }
+    if (c->tls) {
+        set_tls(from, to);
+    }
     if (c->no_zero_page_detection) {
         migrate_set_parameter_str(from, "zero-page-detection", "none");
     }
@@ -350,13 +482,16 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
     case MODE_FILE:
         run_file(from, to);
         return;
+    case MODE_FD:
+        run_fd(c, from, to);
+        return;
     case MODE_MULTIFD:
     case MODE_MULTIFD_LEGACY:
         migrate_hook_start_precopy_tcp_multifd_common(from, to, "none");
         if (c->mode == MODE_MULTIFD_LEGACY) {
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }
-        run_precopy(c, from, to);
+        run_precopy(c, from, to, NULL);
         return;
     case MODE_XBZRLE:
         migrate_set_parameter_int(from, "xbzrle-cache-size", 32 * MiB);
@@ -376,7 +511,7 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
         break;
     }
     migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
-    run_precopy(c, from, to);
+    run_precopy(c, from, to, NULL);
 }
 
 /* Each hole is counted once, and takes next to nothing in the stream */
@@ -393,6 +528,8 @@ static void check_statistics(const CapabilityCase *c, QTestState *from,
     uint64_t transferred = read_ram_property_int(from, "transferred");
     uint64_t page_bytes = qemu_real_host_page_size();
     uint64_t hole_pages, run_bytes;
+    /* Otherwise the multifd threads find them */
+    bool zero_runs = c->zeroed && c->mode != MODE_MULTIFD;
 
     g_test_message("%" PRIu64 " normal, %" PRIu64 " duplicate, %" PRIu64
                    " holes in %" PRIu64 " runs, %" PRIu64 " bytes",
@@ -416,6 +553,11 @@ static void check_statistics(const CapabilityCase *c, QTestState *from,
     if (c->chunk_pages) {
         runs += pages / c->chunk_pages;
     }
+    if (zero_runs) {
+        /* All of them; there are no single pages */
+        runs = pages / ZEROED_RUN_PAGES;
+        holes = duplicate;
+    }
     run_bytes = runs * (ZERO_RUN_BYTES + BLOCK_NAME_BYTES);
     /*
      * 16: what goes with a page, of multifd too, and its share of the packet.
@@ -424,7 +566,7 @@ static void check_statistics(const CapabilityCase *c, QTestState *from,
     g_assert_cmpuint(transferred, <, normal * (page_bytes + 16) +
                      (duplicate - holes) * ZERO_PAGE_BYTES +
                      run_bytes + MAX_OTHER_BYTES);
-    if (before && !c->chunk_pages) {
+    if (before && !c->chunk_pages && zero_runs == c->zeroed) {
         /* So that the limit above is one that single records would break */
         g_assert_cmpuint(holes * ZERO_PAGE_BYTES, >,
                          run_bytes + MAX_OTHER_BYTES);
@@ -437,6 +579,11 @@ static const char *skip_reason(const CapabilityCase *c)
     if (c->machine && !qtest_has_machine(c->machine)) {
         return "QEMU does not have this machine type";
     }
+#ifndef CONFIG_GNUTLS
+    if (c->tls) {
+        return "QEMU is built without gnutls, and so without TLS";
+    }
+#endif
     return sparse_backend_skip_reason(c->backend);
 }
 
@@ -462,7 +609,9 @@ static void test_capability(const void *opaque)
                           opts, NULL)) {
         return;
     }
-    kinds = runs_pattern_new(guest_ram_pages(&pair.src));
+    kinds = c->zeroed
+        ? sparse_pattern_new(PATTERN_ZEROED, guest_ram_pages(&pair.src))
+        : runs_pattern_new(guest_ram_pages(&pair.src));
     guest_ram_prepare(&pair.src, kinds);
     guest_ram_state_take(&before, &pair.src);
 
@@ -490,6 +639,9 @@ static void test_capability(const void *opaque)
     }
 
     guest_pair_end(&pair);
+    if (c->tls) {
+        remove_tls_key();
+    }
 }
 
 static void test_idle(void)
