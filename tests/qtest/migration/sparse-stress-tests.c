@@ -11,6 +11,9 @@
  * rate limit stops it within holes.  The guest writes to what is behind it, and
  * again and again into the hole that it has stopped in, in front of it, with a
  * sync of the dirty bitmap before it goes on.  Then come many fast rounds.
+ * (With the capability sparse-ram, no round is slow: there is next to nothing
+ * to be limited.  The guest writes to all of its pages during the first one,
+ * while runs of holes and of pages that are read are taken from the bitmap.)
  * In the end all RAM of both sides is compared, and the guest, now on the
  * destination, is asked to check it, too.
  *
@@ -67,6 +70,9 @@ QEMU_BUILD_BUG_ON(SCRATCH_SLICE / PAGE_SIZE < PAGES_IN_A_ROW * 3 / 2);
 /* How many pages the guest writes for each B that it says */
 #define BATCH 256
 
+/* How many pages in a row, a power of 2, are populated or not */
+#define POPULATED_PAGES 512
+
 /* Smallest, and the default of QEMU */
 #define SHIFT_MIN 6
 #define SHIFT_DEFAULT 18
@@ -92,6 +98,7 @@ typedef enum StressMode {
     STRESS_XBZRLE,
     STRESS_MULTIFD,
     STRESS_MULTIFD_LEGACY,
+    STRESS_RUNS,            /* capability sparse-ram */
     STRESS__MAX,
 } StressMode;
 
@@ -100,6 +107,7 @@ static const char *const mode_names[STRESS__MAX] = {
     [STRESS_XBZRLE] = "xbzrle",
     [STRESS_MULTIFD] = "multifd",
     [STRESS_MULTIFD_LEGACY] = "multifd-legacy",
+    [STRESS_RUNS] = "sparse-ram",
 };
 
 typedef struct StressTest {
@@ -234,6 +242,9 @@ static void set_mode(const StressTest *test, QTestState *from, QTestState *to)
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }
         break;
+    case STRESS_RUNS:
+        migrate_set_both_capability(from, to, "sparse-ram");
+        break;
     default:
         break;
     }
@@ -361,6 +372,34 @@ static void slow_round(const StressTest *test, QTestState *from)
                    read_ram_property_int(from, "holes"));
 }
 
+/* Half of the pages that the guest is going to write to get populated */
+static void populate_zeroes(const StressTest *test, QTestState *from)
+{
+    g_autofree void *zeroes = g_malloc0(PAGE_SIZE);
+    uint64_t first = writer_base(test) / PAGE_SIZE, page;
+    GuestRam ram;
+
+    guest_ram_init(&ram, BACKEND_MEMFD, test->size);
+    guest_ram_open(&ram, from);
+    for (page = first; page < first + writer_pages(test); page++) {
+        if (page & POPULATED_PAGES) {
+            guest_ram_write_page(&ram, page, zeroes);
+        }
+    }
+    guest_ram_close(&ram);
+}
+
+/* A first round that is over at once, while the guest writes everywhere */
+static void first_round_of_runs(const StressTest *test, QTestState *from)
+{
+    int64_t start = g_get_monotonic_time();
+
+    while (syncs(from) < 2) {
+        check_timeout(start, "the first round");
+    }
+    g_assert(is_active(from));
+}
+
 /*
  * Only to a part of the pages: a page that has been lost is not to be written
  * again, and thereby to be sent again.
@@ -441,20 +480,33 @@ static void test_stress(const void *opaque)
     uint64_t written;
 
     from = start_guest(test, "QTEST_QEMU_BINARY_SRC", firmware, &src_serial,
-                       &src_state, "");
+                       &src_state, "-S");
     to = start_guest(test, "QTEST_QEMU_BINARY_DST", firmware, &dst_serial,
                      &dst_state, "-S -incoming defer");
     set_mode(test, from, to);
     migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
+    if (test->mode == STRESS_RUNS) {
+        populate_zeroes(test, from);
+    }
+    qtest_qmp_assert_success(from, "{ 'execute': 'cont' }");
     wait_for_beats(&src_serial, 1);
     written = src_serial.beats;
 
-    set_bandwidth(from, SLOW_BANDWIDTH);
+    if (test->mode == STRESS_RUNS) {
+        write_parameter(from, SPARSE_WRITER_PAGES, writer_pages(test));
+        write_parameter(from, SPARSE_WRITER_TURN, WRITER_TURN_FAST);
+    } else {
+        set_bandwidth(from, SLOW_BANDWIDTH);
+    }
     migrate_set_parameter_int(from, "downtime-limit", 1000);
     set_threshold(from, 0);
     migrate_qmp(from, to, NULL, NULL, "{}");
 
-    slow_round(test, from);
+    if (test->mode == STRESS_RUNS) {
+        first_round_of_runs(test, from);
+    } else {
+        slow_round(test, from);
+    }
     fast_rounds(test, from);
     migrate_ensure_converge(from);
     set_threshold(from, 1 * GiB);
@@ -516,6 +568,7 @@ void migration_test_add_sparse_stress(MigrationTestEnv *env)
     if (env->has_tcg) {
         add_stress("tcg", STRESS_PRECOPY, SHIFT_DEFAULT, false);
         add_stress("tcg", STRESS_MULTIFD, SHIFT_MIN, false);
+        add_stress("tcg", STRESS_RUNS, SHIFT_MIN, false);
     }
     if (!env->full_set) {
         return;
