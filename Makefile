@@ -44,8 +44,8 @@ demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock
 	@$(PYTHON) scripts/demo.py
 
 .PHONY: check
-check: test-binaries ## Run all tests: unit, qtest, QEMU's own, scripts, style
-	@$(PYTHON) scripts/run-tests unit qtest qemu scripts style
+check: test-binaries ## Run all tests: unit, qtest, QEMU's own, fuzz, scripts, style
+	@$(PYTHON) scripts/run-tests unit qtest qemu fuzz scripts style
 
 .PHONY: check-unit
 check-unit: deps ## Run the unit tests, plain and with sanitizers (no QEMU needed)
@@ -77,6 +77,10 @@ check-mutations: deps ## Break the code on purpose; the stress test has to notic
 .PHONY: fuzz
 fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--seconds 600)
 	@$(PYTHON) scripts/fuzz-stream $(FUZZ_ARGS)
+
+.PHONY: fuzz-ram
+fuzz-ram: qemu ## The same with libFuzzer and sanitizers, in another build (FUZZ_SECONDS=600)
+	@scripts/fuzz-ram $(FUZZ_SECONDS)
 
 .PHONY: bench
 bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)

@@ -7,8 +7,13 @@
  * registered with savevm, in the order of a migration; the rest of savevm and
  * the devices are left out.
  *
+ * With FLAG_POSTCOPY, what follows the first section is given to a destination
+ * that has switched to postcopy, with userfaultfd registered: whoever touches
+ * memory that has not arrived waits for ever, which libFuzzer takes for a hang.
+ *
  * Nothing may crash, whatever the input is, and guest RAM that is a memfd may
- * not grow by more than a page for each record that can be in the input.
+ * not grow by more than a page for each record that can be in the input.  (With
+ * the capability postcopy-ram, zero pages are populated.)
  *
  * The machine has three RAMBlocks: "mem0", a memfd, "fuzz.anon", anonymous
  * memory, and "fuzz.resizeable", of which only a part is used.
@@ -27,6 +32,7 @@
 #include "io/channel-buffer.h"
 #include "migration/migration.h"
 #include "migration/options.h"
+#include "migration/postcopy-ram.h"
 #include "migration/qemu-file.h"
 #include "migration/register.h"
 #include "migration/vmstate.h"
@@ -39,6 +45,7 @@
 
 /* Bits of the first byte */
 #define FLAG_SPARSE_RAM     0x01
+#define FLAG_POSTCOPY       0x02
 
 #define MEMFD_SIZE          (16 * MiB)
 #define ANON_SIZE           (1 * MiB)
@@ -90,6 +97,10 @@ static void ram_load_pre_fuzz(QTestState *s)
                                       &error_abort);
     vmstate_register_ram_global(&resizeable);
 
+    /* As at the start of an incoming migration */
+    migration_incoming_get_current()->largest_page_size =
+        qemu_ram_pagesize_largest();
+
     memfd_block = qemu_ram_block_by_name("mem0");
     g_assert(memfd_block && memfd_block->fd >= 0);
     g_assert(ram_handlers);
@@ -121,6 +132,40 @@ static void check_allocation(size_t size)
     g_assert(st.st_blocks * 512ULL <= max);
 }
 
+static void set_capability(MigrationCapability capability, bool on)
+{
+    migrate_get_current()->capabilities[capability] = on;
+}
+
+/* What MIG_CMD_POSTCOPY_ADVISE does; false if the host has no userfaultfd */
+static bool postcopy_advise(MigrationIncomingState *mis)
+{
+    if (!postcopy_ram_supported_by_host(mis, NULL)) {
+        return false;
+    }
+    postcopy_state_set(POSTCOPY_INCOMING_ADVISE);
+    g_assert(postcopy_ram_incoming_init(mis) == 0);
+    return true;
+}
+
+/* What MIG_CMD_POSTCOPY_LISTEN does, but for the thread */
+static void postcopy_listen(MigrationIncomingState *mis)
+{
+    g_assert(postcopy_ram_prepare_discard(mis) == 0);
+    postcopy_state_set(POSTCOPY_INCOMING_LISTENING);
+    /* It may still be set from the input before */
+    mis->fault_thread_quit = false;
+    g_assert(postcopy_ram_incoming_setup(mis) == 0);
+}
+
+static void postcopy_end(MigrationIncomingState *mis)
+{
+    if (postcopy_state_get() == POSTCOPY_INCOMING_LISTENING) {
+        g_assert(postcopy_ram_incoming_cleanup(mis) == 0);
+    }
+    postcopy_state_set(POSTCOPY_INCOMING_NONE);
+}
+
 static QEMUFile *file_from_data(const unsigned char *data, size_t size)
 {
     QIOChannelBuffer *buffer = qio_channel_buffer_new(size);
@@ -135,23 +180,36 @@ static QEMUFile *file_from_data(const unsigned char *data, size_t size)
 
 static void ram_load_fuzz(QTestState *s, const unsigned char *data, size_t size)
 {
+    MigrationIncomingState *mis = migration_incoming_get_current();
+    bool postcopy = size && data[0] & FLAG_POSTCOPY;
     QEMUFile *f;
-    int ret = 0;
+    int ret;
 
     if (size <= 1) {
         return;
     }
     reset_state();
-    migrate_get_current()->capabilities[MIGRATION_CAPABILITY_SPARSE_RAM] =
-        data[0] & FLAG_SPARSE_RAM;
+    set_capability(MIGRATION_CAPABILITY_SPARSE_RAM, data[0] & FLAG_SPARSE_RAM);
+    set_capability(MIGRATION_CAPABILITY_POSTCOPY_RAM, postcopy);
+    if (postcopy && !postcopy_advise(mis)) {
+        return;
+    }
     f = file_from_data(data + 1, size - 1);
 
     g_assert(ram_handlers->load_setup(f, ram_opaque, &error_abort) == 0);
+    ret = ram_handlers->load_state(f, ram_opaque, RAM_VERSION);
+    if (!ret && postcopy) {
+        postcopy_listen(mis);
+    }
     /* Until there is nothing left to read, which is an error as well */
     while (!ret) {
         ret = ram_handlers->load_state(f, ram_opaque, RAM_VERSION);
     }
-    check_allocation(size);
+    if (postcopy) {
+        postcopy_end(mis);
+    } else {
+        check_allocation(size);
+    }
     ram_handlers->load_cleanup(ram_opaque);
     qemu_fclose(f);
 }
