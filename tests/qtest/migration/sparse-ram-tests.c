@@ -214,6 +214,11 @@ static const CapabilityCase postcopy_cases[] = {
         .mode = MODE_PREEMPT,
         .size = SMALL_SIZE,
     }, {
+        .name = "postcopy/hugetlb",
+        .mode = MODE_POSTCOPY,
+        .size = HUGETLB_SIZE,
+        .backend = BACKEND_HUGETLB,
+    }, {
         .name = "postcopy/tls",
         .mode = MODE_POSTCOPY,
         .size = SMALL_SIZE,
@@ -683,7 +688,7 @@ static void *start_hook_capability(QTestState *from, QTestState *to)
     return NULL;
 }
 
-static void test_postcopy_live(bool preempt)
+static void test_postcopy_live(bool preempt, bool recovery)
 {
     const GuestRam ram = { .backend = BACKEND_MEMFD, .size = LIVE_SIZE };
     g_autofree char *opts = guest_ram_opts(&ram, NULL);
@@ -694,17 +699,26 @@ static void test_postcopy_live(bool preempt)
         .postcopy_preempt = preempt,
     };
 
-    test_postcopy_common(&args);
+    if (recovery) {
+        test_postcopy_recovery_common(&args);
+    } else {
+        test_postcopy_common(&args);
+    }
 }
 
 static void test_postcopy_live_plain(void)
 {
-    test_postcopy_live(false);
+    test_postcopy_live(false, false);
 }
 
 static void test_postcopy_live_preempt(void)
 {
-    test_postcopy_live(true);
+    test_postcopy_live(true, false);
+}
+
+static void test_postcopy_live_recovery(void)
+{
+    test_postcopy_live(false, true);
 }
 
 static void test_mismatch(bool source_has_it)
@@ -829,6 +843,8 @@ static void add_cases(const CapabilityCase *cases, size_t n)
     }
 }
 
+#define LIVE_PREFIX "/migration/sparse/capability/postcopy/live/"
+
 void migration_test_add_sparse_ram(MigrationTestEnv *env)
 {
     static const char *const incompatible[] = {
@@ -856,9 +872,8 @@ void migration_test_add_sparse_ram(MigrationTestEnv *env)
         qtest_add_data_func(path, incompatible[i], test_refused);
     }
     if (env->full_set && env->has_uffd) {
-        migration_test_add("/migration/sparse/capability/postcopy/live/plain",
-                           test_postcopy_live_plain);
-        migration_test_add("/migration/sparse/capability/postcopy/live/preempt",
-                           test_postcopy_live_preempt);
+        migration_test_add(LIVE_PREFIX "plain", test_postcopy_live_plain);
+        migration_test_add(LIVE_PREFIX "preempt", test_postcopy_live_preempt);
+        migration_test_add(LIVE_PREFIX "recovery", test_postcopy_live_recovery);
     }
 }
