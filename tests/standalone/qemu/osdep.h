@@ -1,6 +1,6 @@
 /*
- * What util/sparse-file.c and its test use of QEMU, for building them without
- * a QEMU tree (see meson.build at the top).  Never part of a QEMU build.
+ * What files of util/ and their tests use of QEMU, for building them without a
+ * QEMU tree (see meson.build at the top).  Never part of a QEMU build.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -34,6 +34,7 @@
 
 #define ARRAY_SIZE(x) G_N_ELEMENTS(x)
 #define QEMU_ALIGN_DOWN(n, m) ((n) / (m) * (m))
+#define QEMU_ALIGN_UP(n, m) QEMU_ALIGN_DOWN((n) + (m) - 1, (m))
 /* The C library has a macro for this as well, which may be more complete. */
 #undef RETRY_ON_EINTR
 #define RETRY_ON_EINTR(expr) TEMP_FAILURE_RETRY(expr)
