@@ -14,6 +14,7 @@
 #include "qemu/cutils.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/madvise.h"
+#include "qemu/populated-memory.h"
 #include "options.h"
 #include "ram-holes.h"
 #include "trace.h"
@@ -196,6 +197,70 @@ static void zero_shared_anonymous(RAMBlock *rb, const SparseRange *range)
     zero_clear(rb, &tail);
 }
 
+int ram_next_populated_private(const RAMBlock *rb, const SparseRange *within,
+                               SparseRange *populated)
+{
+    uint64_t address = (uintptr_t)rb->host - rb->fd_offset;
+    SparseRange memory = {
+        .start = within->start + address,
+        .end = within->end + address,
+    };
+    int ret = populated_memory_next(&memory, populated);
+
+    populated->start -= address;
+    populated->end -= address;
+    return ret;
+}
+
+/* Clear what is in the page tables; the rest reads as zero. */
+static void zero_private_hole(RAMBlock *rb, SparseRange todo)
+{
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange populated, hole = todo;
+
+        if (ram_next_populated_private(rb, &todo, &populated) < 0) {
+            /* No /proc, for example: so read it */
+            zero_clear(rb, &todo);
+            return;
+        }
+        hole.end = populated.start;
+        trace_zero(rb, &hole, ACTION_HOLE);
+        zero_clear(rb, &populated);
+        todo.start = populated.end;
+    }
+}
+
+/* What is not in the page tables reads as the file does. */
+static void zero_private_tmpfs(RAMBlock *rb, SparseRange todo)
+{
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange data, hole = todo;
+        int ret = sparse_file_next_data(rb->fd, &todo, &data);
+
+        if (ret < 0) {
+            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+            zero_clear(rb, &todo);
+            return;
+        }
+        hole.end = data.start;
+        zero_private_hole(rb, hole);
+        zero_clear(rb, &data);
+        todo.start = data.end;
+    }
+}
+
+static void zero_private(RAMBlock *rb, const SparseRange *range)
+{
+    if (sparse_range_length(range) <= qemu_target_page_size()) {
+        /* To ask about a single page takes longer than to read it */
+        zero_clear(rb, range);
+    } else if (rb->holes->private_memory == RAM_PRIVATE_TMPFS) {
+        zero_private_tmpfs(rb, *range);
+    } else {
+        zero_private_hole(rb, *range);
+    }
+}
+
 /*
  * If postcopy is possible, a page that has been received must be populated when
  * userfaultfd gets registered: an access to a hole would wait for the page, and
@@ -222,6 +287,8 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
     } else if (ram_block_is_shared_anonymous(rb) && ram_block_may_punch(rb) &&
                !must_populate()) {
         zero_shared_anonymous(rb, &range);
+    } else if (ram_block_is_private_known(rb) && !must_populate()) {
+        zero_private(rb, &range);
     } else {
         zero_clear(rb, &range);
     }
@@ -237,8 +304,9 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
          * Clearing page by page keeps step with the stream.  To clear a long
          * run at its end would let the source wait.
          */
-        run->gather = !must_populate() && (ram_block_holes_known(rb) ||
-                                           ram_block_is_shared_anonymous(rb));
+        run->gather = !must_populate() &&
+            (ram_block_holes_known(rb) || ram_block_is_shared_anonymous(rb) ||
+             (run->in_packet && ram_block_is_private_known(rb)));
     }
     if (!run->gather) {
         ram_handle_zero(rb, offset, length);

@@ -39,6 +39,24 @@ static bool ram_block_keep_populated(const RAMBlock *rb)
     return should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state);
 }
 
+#ifdef CONFIG_LINUX
+/*
+ * Not hugetlbfs: see populated_memory_next().  And who supplies the pointer may
+ * have mapped anything there.
+ */
+static RAMPrivateMemory find_private_memory(const RAMBlock *rb)
+{
+    if (rb->flags & RAM_PREALLOC) {
+        return RAM_PRIVATE_UNKNOWN;
+    }
+    if (rb->fd < 0) {
+        return RAM_PRIVATE_ANONYMOUS;
+    }
+    return qemu_fd_getfs(rb->fd) == QEMU_FS_TYPE_TMPFS ? RAM_PRIVATE_TMPFS
+                                                       : RAM_PRIVATE_UNKNOWN;
+}
+#endif
+
 void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb)
 {
     *holes = (RAMBlockHoles) {
@@ -46,14 +64,18 @@ void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb)
         .keep_populated = ram_block_keep_populated(rb),
     };
 
+    if (!migrate_ram_holes()) {
+        return;
+    }
+#ifdef CONFIG_LINUX
     /*
      * A private mapping has pages of its own, about which the file knows
      * nothing.
      */
-    if (!migrate_ram_holes() || !(rb->flags & RAM_SHARED)) {
+    if (!(rb->flags & RAM_SHARED)) {
+        holes->private_memory = find_private_memory(rb);
         return;
     }
-#ifdef CONFIG_LINUX
     if (rb->fd < 0) {
         /* MADV_REMOVE refuses locked memory, even if locked on fault only */
         holes->shared_anonymous = !(rb->flags & RAM_PREALLOC) &&

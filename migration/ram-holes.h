@@ -18,6 +18,15 @@
 #include "qemu/sparse-file.h"
 #include "qemu/units.h"
 
+/* Private memory of which the page tables tell what is certainly zero */
+typedef enum RAMPrivateMemory {
+    RAM_PRIVATE_UNKNOWN,
+    /* What is not in the page tables reads as zero */
+    RAM_PRIVATE_ANONYMOUS,
+    /* What is not in the page tables reads as the file on tmpfs does */
+    RAM_PRIVATE_TMPFS,
+} RAMPrivateMemory;
+
 /**
  * RAMBlockHoles: what does not change about a block during a migration
  *
@@ -29,6 +38,7 @@ typedef struct RAMBlockHoles {
     QemuFsType type;
     /* Shared memory without a file: cannot be asked, but can be discarded */
     bool shared_anonymous;
+    RAMPrivateMemory private_memory;
     /* The user asked for the memory to be there: prealloc=on, mem-lock=on */
     bool keep_populated;
     /* Size in bytes of transparent huge pages in the file, 0 if none */
@@ -83,6 +93,19 @@ static inline bool ram_block_holes_known(const RAMBlock *rb)
 }
 
 /**
+ * ram_block_is_private_known: whether the page tables tell what is zero in @rb
+ *
+ * Not the opposite of ram_block_holes_known(): of much memory nothing is known.
+ */
+static inline bool ram_block_is_private_known(const RAMBlock *rb)
+{
+    const RAMBlockHoles *holes = qatomic_read(&rb->holes);
+
+    return holes && holes->private_memory != RAM_PRIVATE_UNKNOWN &&
+           !(qatomic_read(&holes->failed) & RAM_HOLES_FIND);
+}
+
+/**
  * ram_block_may_punch: whether populated pages of @rb may be freed
  *
  * Can change during a migration, when a device starts or stops to forbid it.
@@ -119,6 +142,19 @@ void ram_block_holes_failed(RAMBlock *rb, RAMHolesOperation operation,
 void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length);
 
 /**
+ * ram_next_populated_private: find what is in the page tables
+ *
+ * @rb: a block of which ram_block_is_private_known()
+ * @within: the part to search, as a range of the file behind the block (or of
+ *          the block itself if there is none)
+ * @populated: see populated_memory_next()
+ *
+ * Returns 0, or a negative errno value if the kernel does not tell.
+ */
+int ram_next_populated_private(const RAMBlock *rb, const SparseRange *within,
+                               SparseRange *populated);
+
+/**
  * ram_clear_memory: zero memory that may or may not be zero already
  *
  * Reads all of it, so that holes of shared memory get allocated.  Does not
@@ -134,10 +170,15 @@ void ram_clear_memory(void *host, uint64_t length);
  * RAMZeroRun: zero pages that follow each other, not yet handled
  *
  * Zero pages come one by one but are cheap only in bulk.  To be initialized
- * with all zeroes, and to be flushed before anything else is written to the
- * pages that it stands for.
+ * with all zeroes but @in_packet, and to be flushed before anything else is
+ * written to the pages that it stands for.
  */
 typedef struct RAMZeroRun {
+    /*
+     * Set by who has a few pages at hand and nobody who waits: gather pages of
+     * private memory as well.
+     */
+    bool in_packet;
     RAMBlock *rb;
     /* Whether it saves system calls to gather pages of @rb */
     bool gather;

@@ -444,6 +444,132 @@ static void test_anonymous(void)
     test_block_destroy(&block);
 }
 
+/* Private memory that is in the page tables, so that reading it is free */
+static bool is_resident(TestBlock *block, unsigned page)
+{
+    unsigned char resident;
+
+    g_assert_no_errno(mincore(block->rb.host + page * TARGET_PAGE, TARGET_PAGE,
+                              &resident));
+    return resident & 1;
+}
+
+static bool have_pagemap(void)
+{
+    if (access("/proc/self/pagemap", R_OK) < 0) {
+        g_test_skip("/proc/self/pagemap is not readable");
+        return false;
+    }
+    return true;
+}
+
+static void test_block_init_anonymous(TestBlock *block)
+{
+    test_block_init_mapped(block, -1, 0, BLOCK_SIZE,
+                           MAP_PRIVATE | MAP_ANONYMOUS, 0);
+    /* One page is one page */
+    madvise(block->rb.host, BLOCK_SIZE, MADV_NOHUGEPAGE);
+}
+
+static void test_private_anonymous(void)
+{
+    TestBlock block;
+    RAMZeroRun run = { };
+
+    if (!have_pagemap()) {
+        return;
+    }
+    test_block_init_anonymous(&block);
+    fill_pages(&block, 8, 15);
+    zero_pages(&block, 4, 11);
+    for (int i = 0; i < 24; i++) {
+        g_assert_cmpint(is_resident(&block, i), ==, i >= 8 && i < 16);
+    }
+    assert_pages(&block, 0, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+
+    /* A page by itself is read, and reading keeps step with a stream */
+    zero_pages(&block, 20, 20);
+    ram_zero_run_add(&run, &block.rb, 24 * TARGET_PAGE, TARGET_PAGE);
+    g_assert_true(is_resident(&block, 20));
+    g_assert_true(is_resident(&block, 24));
+
+    /* The pages of a packet are asked about together */
+    run = (RAMZeroRun) { .in_packet = true };
+    fill_pages(&block, 33, 33);
+    for (int i = 32; i < 40; i++) {
+        ram_zero_run_add(&run, &block.rb, i * TARGET_PAGE, TARGET_PAGE);
+    }
+    ram_zero_run_flush(&run);
+    for (int i = 32; i < 40; i++) {
+        g_assert_cmpint(is_resident(&block, i), ==, i == 33);
+    }
+    assert_pages(&block, 32, 39, 0);
+    test_block_destroy(&block);
+}
+
+/* A page that has been received must not be missing, see test_postcopy() */
+static void test_private_postcopy(void)
+{
+    TestBlock block;
+    RAMZeroRun run = { .in_packet = true };
+
+    machine.postcopy = true;
+    test_block_init_anonymous(&block);
+    zero_pages(&block, 4, 11);
+    ram_zero_run_add(&run, &block.rb, 20 * TARGET_PAGE, TARGET_PAGE);
+    for (int i = 0; i < 24; i++) {
+        g_assert_cmpint(is_resident(&block, i), ==,
+                        (i >= 4 && i < 12) || i == 20);
+    }
+    test_block_destroy(&block);
+}
+
+static void test_private_tmpfs(void)
+{
+    TestBlock block;
+    uint8_t byte = DATA;
+
+    if (!have_pagemap()) {
+        return;
+    }
+    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
+                           MAP_PRIVATE, 0);
+    g_assert_cmpint(block.holes.private_memory, ==, RAM_PRIVATE_TMPFS);
+    g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
+    fill_pages(&block, 8, 15);
+    g_assert_cmpint(allocated_pages(&block), ==, 1 + 8);
+
+    zero_pages(&block, 0, 11);
+    g_assert_cmpint(allocated_pages(&block), ==, 1 + 8);
+    assert_pages(&block, 0, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    /* What is in the file belongs to the file */
+    byte = 0;
+    g_assert_cmpint(pread(block.rb.fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
+    g_assert_cmpint(byte, ==, DATA);
+    test_block_destroy(&block);
+}
+
+/* The caller may have supplied a mapping of anything. */
+static void test_private_preallocated(void)
+{
+    TestBlock block;
+    int fd = memfd_new(BLOCK_SIZE);
+    uint8_t byte = DATA;
+
+    g_assert_cmpint(pwrite(fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
+    test_block_init_mapped(&block, fd, 0, BLOCK_SIZE, MAP_SHARED,
+                           RAM_PREALLOC);
+    block.rb.fd = -1;
+    ram_block_holes_init(&block.holes, &block.rb);
+    g_assert_false(ram_block_is_private_known(&block.rb));
+    zero_pages(&block, 0, 11);
+    assert_pages(&block, 0, 11, 0);
+    close(fd);
+    test_block_destroy(&block);
+}
+
 static void test_shared_anonymous(void)
 {
     TestBlock block;
@@ -839,6 +965,11 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/unknown/private", test_private);
     g_test_add_func("/ram-holes/unknown/anonymous", test_anonymous);
     g_test_add_func("/ram-holes/shared-anonymous", test_shared_anonymous);
+    g_test_add_func("/ram-holes/private/anonymous", test_private_anonymous);
+    g_test_add_func("/ram-holes/private/postcopy", test_private_postcopy);
+    g_test_add_func("/ram-holes/private/tmpfs", test_private_tmpfs);
+    g_test_add_func("/ram-holes/private/preallocated",
+                    test_private_preallocated);
     g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
     g_test_add_func("/ram-holes/thp", test_thp);
     g_test_add_func("/ram-holes/run", test_run);
