@@ -36,17 +36,16 @@ static int find_data_shmem(RAMBlock *rb, const SparseRange *within,
     return ret;
 }
 
-/*
- * Whether a huge page is in the page tables of this process, so that reading
- * it allocates nothing.  For hugetlbfs, mincore() does not look any further
- * (Linux, mincore_hugetlb() in mm/mincore.c).
- */
-static bool huge_page_is_mapped(const RAMBlock *rb, const SparseRange *huge)
+bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset)
 {
 #ifdef CONFIG_LINUX
     unsigned char resident;
 
-    return mincore(rb->host + huge->start, qemu_real_host_page_size(),
+    /*
+     * For hugetlbfs, mincore() looks at the page tables and no further (Linux,
+     * mincore_hugetlb() in mm/mincore.c).
+     */
+    return mincore(rb->host + offset, qemu_real_host_page_size(),
                    &resident) == 0 && (resident & 1);
 #else
     return true;
@@ -71,7 +70,7 @@ static int find_data_hugetlb(RAMBlock *rb, const SparseRange *within,
     SparseRange in_file = range_shift(&part, rb->fd_offset);
     int ret = 0;
 
-    if (!huge_page_is_mapped(rb, &huge)) {
+    if (!ram_huge_page_is_mapped(rb, huge.start)) {
         ret = sparse_file_is_zero(rb->fd, &in_file);
         if (ret < 0) {
             return ret;

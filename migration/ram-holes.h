@@ -202,6 +202,33 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
 void ram_zero_run_flush(RAMZeroRun *run);
 
 /**
+ * ram_zero_absent_pages: make pages read as zero that a file does not have
+ *
+ * For mapped-ram.  To be called before the pages that the file does have are
+ * read into place.  Asks the kernel about all of the block at once: of a block
+ * with little in it, holes and what is not populated cost next to nothing.
+ * Leaves alone what is not migrated, and what virtio-mem has unplugged.
+ *
+ * @rb: the block
+ * @present: a bit for each target page from the start of the block; those that
+ *           are set are left alone
+ * @npages: number of bits; may be more, or less, than the block has pages
+ */
+void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
+                           uint64_t npages);
+
+/**
+ * ram_huge_page_is_mapped: whether a huge page is in the page tables
+ *
+ * If so, reading it allocates nothing.  If not, another process can still have
+ * allocated it.
+ *
+ * @rb: a block of huge pages
+ * @offset: offset of the huge page in the block, in bytes
+ */
+bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset);
+
+/**
  * RAMHoleCache: what the kernel said last about a block on the source
  *
  * Two extents that follow each other: a hole, and data behind it.  To be

@@ -16,6 +16,7 @@
 #include "exec/target_page.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
+#include "qemu/bitmap.h"
 #include "qemu/error-report.h"
 #include "qemu/units.h"
 #include "system/system.h"
@@ -35,6 +36,9 @@ static struct {
     bool postcopy;
     bool discard_disabled;
     RamDiscardManager *rdm;
+    /* The only part of the block that is plugged, if there is an rdm */
+    SparseRange plugged;
+    bool ignored;
     RAMBlock *rb;
 } machine;
 
@@ -63,7 +67,7 @@ bool migrate_postcopy_ram(void)
 
 bool migrate_ram_is_ignored(RAMBlock *rb)
 {
-    return false;
+    return machine.ignored;
 }
 
 bool ram_block_discard_is_disabled(void)
@@ -89,6 +93,19 @@ Object *memory_region_owner(MemoryRegion *mr)
 RamDiscardManager *memory_region_get_ram_discard_manager(MemoryRegion *mr)
 {
     return machine.rdm;
+}
+
+int ram_discard_manager_replay_populated(const RamDiscardManager *rdm,
+                                         MemoryRegionSection *section,
+                                         ReplayRamPopulate replay_fn,
+                                         void *opaque)
+{
+    MemoryRegionSection plugged = *section;
+
+    g_assert_cmpint(section->offset_within_region, ==, 0);
+    plugged.offset_within_region = machine.plugged.start;
+    plugged.size = int128_make64(sparse_range_length(&machine.plugged));
+    return replay_fn(&plugged, opaque);
 }
 
 RAMBlock *qemu_ram_block_from_host(void *ptr, bool round_offset,
@@ -570,6 +587,172 @@ static void test_private_preallocated(void)
     test_block_destroy(&block);
 }
 
+/*
+ * Pages 8 to 23 have data; of the first @npages pages, a file has 12 to 15 and
+ * 20.
+ */
+static void zero_absent(TestBlock *block, uint64_t npages)
+{
+    g_autofree unsigned long *present = bitmap_new(npages);
+
+    bitmap_set(present, 12, 4);
+    if (npages > 20) {
+        bitmap_set(present, 20, 1);
+    }
+    fill_pages(block, 8, 23);
+    ram_zero_absent_pages(&block->rb, present, npages);
+}
+
+static void assert_absent(TestBlock *block)
+{
+    assert_pages(block, 12, 15, DATA);
+    assert_pages(block, 20, 20, DATA);
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 16, 19, 0);
+    assert_pages(block, 21, 63, 0);
+}
+
+static void test_absent_shmem(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    zero_absent(&block, 64);
+    g_assert_cmpint(allocated_pages(&block), ==, 5);
+    assert_absent(&block);
+    test_block_destroy(&block);
+}
+
+static void test_absent_fd_offset(void)
+{
+    TestBlock block;
+    int fd = memfd_new(3 * BLOCK_SIZE);
+    char *file = mmap(NULL, 3 * BLOCK_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                      fd, 0);
+
+    g_assert_true(file != MAP_FAILED);
+    memset(file, DATA, BLOCK_SIZE);
+    memset(file + 2 * BLOCK_SIZE, DATA, BLOCK_SIZE);
+    test_block_init_mapped(&block, fd, BLOCK_SIZE, BLOCK_SIZE, MAP_SHARED,
+                           RAM_SHARED);
+    /* A file has more pages than the block does: not our neighbour's */
+    zero_absent(&block, 256);
+    g_assert_cmpint(allocated_pages(&block), ==, 64 + 5 + 64);
+    assert_absent(&block);
+    test_block_destroy(&block);
+    munmap(file, 3 * BLOCK_SIZE);
+}
+
+/* What is behind the end of the bitmap is not the file's. */
+static void test_absent_short(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    zero_absent(&block, 18);
+    g_assert_cmpint(allocated_pages(&block), ==, 4 + 6);
+    assert_pages(&block, 8, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    assert_pages(&block, 16, 17, 0);
+    assert_pages(&block, 18, 23, DATA);
+    test_block_destroy(&block);
+}
+
+static void test_absent_anonymous(void)
+{
+    TestBlock block;
+
+    if (!have_pagemap()) {
+        return;
+    }
+    test_block_init_anonymous(&block);
+    zero_absent(&block, 64);
+    for (int i = 0; i < 64; i++) {
+        g_assert_cmpint(is_resident(&block, i), ==, i >= 8 && i < 24);
+    }
+    assert_absent(&block);
+    test_block_destroy(&block);
+}
+
+static void test_absent_shared_anonymous(void)
+{
+    TestBlock block;
+
+    test_block_init_mapped(&block, -1, 0, BLOCK_SIZE,
+                           MAP_SHARED | MAP_ANONYMOUS, RAM_SHARED);
+    zero_absent(&block, 64);
+    for (int i = 0; i < 64; i++) {
+        g_assert_cmpint(is_resident(&block, i), ==,
+                        (i >= 12 && i < 16) || i == 20);
+    }
+    assert_absent(&block);
+    test_block_destroy(&block);
+}
+
+static void test_absent_private_file(void)
+{
+    TestBlock block;
+    uint8_t byte = DATA;
+
+    if (!have_pagemap()) {
+        return;
+    }
+    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
+                           MAP_PRIVATE, 0);
+    g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 40 * TARGET_PAGE), ==, 1);
+    zero_absent(&block, 64);
+    g_assert_cmpint(allocated_pages(&block), ==, 16 + 1);
+    assert_absent(&block);
+    test_block_destroy(&block);
+}
+
+/* Nobody can be asked: all is read, and so populated. */
+static void test_absent_switched_off(void)
+{
+    TestBlock block;
+
+    machine.ram_holes = false;
+    test_block_init(&block);
+    zero_absent(&block, 64);
+    g_assert_cmpint(allocated_pages(&block), ==, 64);
+    assert_absent(&block);
+    test_block_destroy(&block);
+}
+
+/* x-ignore-shared: the memory is what it is, and no file has any of it. */
+static void test_absent_ignored(void)
+{
+    TestBlock block;
+
+    machine.ignored = true;
+    test_block_init(&block);
+    zero_absent(&block, 64);
+    g_assert_cmpint(allocated_pages(&block), ==, 16);
+    assert_pages(&block, 8, 23, DATA);
+    test_block_destroy(&block);
+}
+
+/* What virtio-mem has not plugged is not for us to look at. */
+static void test_absent_virtio_mem(void)
+{
+    TestBlock block;
+    MemoryRegion mr = { };
+
+    machine.rdm = (RamDiscardManager *)&machine;
+    machine.plugged = (SparseRange) { 10 * TARGET_PAGE, 18 * TARGET_PAGE };
+    test_block_init(&block);
+    block.rb.mr = &mr;
+    ram_block_holes_init(&block.holes, &block.rb);
+    zero_absent(&block, 64);
+    g_assert_cmpint(allocated_pages(&block), ==, 16);
+    assert_pages(&block, 8, 9, DATA);
+    assert_pages(&block, 10, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    assert_pages(&block, 16, 17, 0);
+    assert_pages(&block, 18, 23, DATA);
+    test_block_destroy(&block);
+}
+
 static void test_shared_anonymous(void)
 {
     TestBlock block;
@@ -641,6 +824,38 @@ static void test_hugetlb(void)
     zero_pages(&block, 0, per_huge - 1);
     g_assert_cmpint(allocated_pages(&block), ==, per_huge);
     assert_pages(&block, 0, per_huge - 1, 0);
+    test_block_destroy(&block);
+}
+
+/*
+ * Another process can have written to a huge page that is not in our page
+ * tables.
+ */
+static void test_absent_hugetlb(void)
+{
+    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
+    TestBlock block;
+    uint8_t *other;
+
+    if (!test_block_init_hugetlb(&block)) {
+        return;
+    }
+    zero_absent(&block, 2 * per_huge);
+    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+    assert_pages(&block, 8, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    assert_pages(&block, 16, 19, 0);
+    assert_pages(&block, 20, 20, DATA);
+    assert_pages(&block, 21, per_huge - 1, 0);
+    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+
+    other = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                 block.rb.fd, 0);
+    g_assert_true(other != MAP_FAILED);
+    other[HUGE_PAGE + 5 * TARGET_PAGE] = DATA;
+    zero_absent(&block, 2 * per_huge);
+    g_assert_cmpint(other[HUGE_PAGE + 5 * TARGET_PAGE], ==, 0);
+    munmap(other, 2 * HUGE_PAGE);
     test_block_destroy(&block);
 }
 
@@ -970,6 +1185,17 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/private/tmpfs", test_private_tmpfs);
     g_test_add_func("/ram-holes/private/preallocated",
                     test_private_preallocated);
+    g_test_add_func("/ram-holes/absent/shmem", test_absent_shmem);
+    g_test_add_func("/ram-holes/absent/fd-offset", test_absent_fd_offset);
+    g_test_add_func("/ram-holes/absent/short", test_absent_short);
+    g_test_add_func("/ram-holes/absent/anonymous", test_absent_anonymous);
+    g_test_add_func("/ram-holes/absent/shared-anonymous",
+                    test_absent_shared_anonymous);
+    g_test_add_func("/ram-holes/absent/private-file", test_absent_private_file);
+    g_test_add_func("/ram-holes/absent/hugetlb", test_absent_hugetlb);
+    g_test_add_func("/ram-holes/absent/switched-off", test_absent_switched_off);
+    g_test_add_func("/ram-holes/absent/ignored", test_absent_ignored);
+    g_test_add_func("/ram-holes/absent/virtio-mem", test_absent_virtio_mem);
     g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
     g_test_add_func("/ram-holes/thp", test_thp);
     g_test_add_func("/ram-holes/run", test_run);

@@ -1,0 +1,175 @@
+/*
+ * Holes in guest RAM: pages that a mapped-ram file does not have
+ *
+ * A page that was zero when the file was written is not in it, and reads as
+ * zero when it is loaded.  The backend may have come with data in it.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "exec/memory.h"
+#include "exec/target_page.h"
+#include "migration/misc.h"
+#include "qemu/bitmap.h"
+#include "ram-holes.h"
+
+typedef struct AbsentPages {
+    RAMBlock *rb;
+    const unsigned long *present;
+    uint64_t npages;
+} AbsentPages;
+
+/* The functions below work on a @range of the file that is behind the block. */
+
+/* Make those pages zero of which any part is in the range */
+static void zero_absent(const AbsentPages *pages, const SparseRange *range)
+{
+    RAMBlock *rb = pages->rb;
+    uint64_t size = qemu_target_page_size();
+    uint64_t start = range->start - rb->fd_offset;
+    uint64_t end = range->end - rb->fd_offset;
+    uint64_t last = MIN(DIV_ROUND_UP(end, size), pages->npages);
+    uint64_t page = find_next_zero_bit(pages->present, last, start / size);
+
+    while (page < last) {
+        uint64_t next = find_next_bit(pages->present, last, page);
+
+        ram_handle_zero(rb, page * size, (next - page) * size);
+        page = find_next_zero_bit(pages->present, last, next);
+    }
+}
+
+/*
+ * The huge pages of the file that are allocated, from the start of the block,
+ * or NULL if that is not known.  What another process has allocated is not in
+ * our page tables; if there is nothing of that kind, the file has as many huge
+ * pages as we have.
+ */
+static unsigned long *find_huge_pages(const RAMBlock *rb, uint64_t *count)
+{
+    g_autofree unsigned long *mapped = NULL;
+    uint64_t bytes = 0;
+    struct stat st;
+
+    *count = DIV_ROUND_UP(rb->used_length, rb->page_size);
+    mapped = bitmap_new(*count);
+    for (uint64_t i = 0; i < *count; i++) {
+        if (ram_huge_page_is_mapped(rb, i * rb->page_size)) {
+            set_bit(i, mapped);
+            bytes += rb->page_size;
+        }
+    }
+    if (fstat(rb->fd, &st) < 0 || st.st_blocks * 512ULL != bytes) {
+        return NULL;
+    }
+    return g_steal_pointer(&mapped);
+}
+
+static void zero_absent_hugetlb(const AbsentPages *pages,
+                                const SparseRange *range)
+{
+    RAMBlock *rb = pages->rb;
+    uint64_t count;
+    g_autofree unsigned long *huge_pages = find_huge_pages(rb, &count);
+
+    if (!huge_pages) {
+        zero_absent(pages, range);
+        return;
+    }
+    for (uint64_t i = find_first_bit(huge_pages, count); i < count;
+         i = find_next_bit(huge_pages, count, i + 1)) {
+        SparseRange huge = {
+            .start = rb->fd_offset + i * rb->page_size,
+            .end = rb->fd_offset + (i + 1) * rb->page_size,
+        };
+
+        if (sparse_range_overlaps(&huge, range)) {
+            huge.start = MAX(huge.start, range->start);
+            huge.end = MIN(huge.end, range->end);
+            zero_absent(pages, &huge);
+        }
+    }
+}
+
+/* What there is in a range that may be something else than zero */
+static void next_populated(RAMBlock *rb, const SparseRange *range,
+                           SparseRange *populated)
+{
+    int ret;
+
+    if (ram_block_holes_known(rb)) {
+        ret = sparse_file_next_data(rb->fd, range, populated);
+        if (ret < 0) {
+            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+        }
+    } else if (ram_block_is_private_known(rb) &&
+               rb->holes->private_memory == RAM_PRIVATE_ANONYMOUS) {
+        ret = ram_next_populated_private(rb, range, populated);
+    } else {
+        ret = -ENOTSUP;
+    }
+    if (ret < 0) {
+        *populated = *range;
+    }
+}
+
+static void zero_absent_range(const AbsentPages *pages, uint64_t offset,
+                              uint64_t length)
+{
+    RAMBlock *rb = pages->rb;
+    SparseRange todo = {
+        .start = rb->fd_offset + offset,
+        .end = rb->fd_offset + offset + length,
+    };
+
+    if (ram_block_holes_known(rb) &&
+        rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
+        zero_absent_hugetlb(pages, &todo);
+        return;
+    }
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange populated;
+
+        next_populated(rb, &todo, &populated);
+        if (!sparse_range_is_empty(&populated)) {
+            zero_absent(pages, &populated);
+        }
+        todo.start = populated.end;
+    }
+}
+
+static int zero_absent_section(MemoryRegionSection *section, void *opaque)
+{
+    zero_absent_range(opaque, section->offset_within_region,
+                      int128_get64(section->size));
+    return 0;
+}
+
+void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
+                           uint64_t npages)
+{
+    uint64_t size = qemu_target_page_size();
+    AbsentPages pages = {
+        .rb = rb,
+        .present = present,
+        .npages = MIN(npages, rb->used_length / size),
+    };
+
+    if (migrate_ram_is_ignored(rb)) {
+        return;
+    }
+    if (rb->mr && memory_region_has_ram_discard_manager(rb->mr)) {
+        RamDiscardManager *rdm = memory_region_get_ram_discard_manager(rb->mr);
+        MemoryRegionSection section = {
+            .mr = rb->mr,
+            .offset_within_region = 0,
+            .size = int128_make64(pages.npages * size),
+        };
+
+        ram_discard_manager_replay_populated(rdm, &section,
+                                             zero_absent_section, &pages);
+    } else {
+        zero_absent_range(&pages, 0, pages.npages * size);
+    }
+}
