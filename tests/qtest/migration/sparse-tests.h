@@ -14,4 +14,7 @@
 /* The capability sparse-ram; called by migration_test_add_sparse() */
 void migration_test_add_sparse_ram(MigrationTestEnv *env);
 
+/* Files and snapshots that are loaded; called by migration_test_add_sparse() */
+void migration_test_add_sparse_file(MigrationTestEnv *env);
+
 #endif /* SPARSE_TESTS_H */
