@@ -173,6 +173,52 @@ class ToFile:
 
 
 @dataclass(frozen=True)
+class InternalSnapshot:
+    """savevm to a new qcow2 image, and loadvm right afterwards."""
+    loads = False
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        guest = session.source
+        path = os.path.join(session.directory, 'disk')
+        snapshot = {'tag': 'snapshot', 'vmstate': 'disk', 'devices': ['disk']}
+
+        self._run_job(session, 'blockdev-create', options={
+            'driver': 'file', 'filename': path, 'size': 0})
+        guest.qmp('blockdev-add', driver='file', filename=path,
+                  **{'node-name': 'file'})
+        self._run_job(session, 'blockdev-create', options={
+            'driver': 'qcow2', 'file': 'file', 'size': 1 << 20})
+        guest.qmp('blockdev-add', driver='qcow2', file='file',
+                  **{'node-name': 'disk'})
+
+        started = time.monotonic()
+        self._run_job(session, 'snapshot-save', **snapshot)
+        saved = time.monotonic()
+        self._run_job(session, 'snapshot-load', **snapshot)
+        return Times(saved - started, saved - started,
+                     time.monotonic() - saved)
+
+    @staticmethod
+    def _run_job(session: Session, command: str, **arguments: Any) -> None:
+        guest = session.source
+
+        def concluded() -> bool:
+            jobs = {job['id']: job for job in guest.qmp('query-jobs')}
+            return bool(jobs['job']['status'] == 'concluded')
+
+        guest.qmp(command, **{'job-id': 'job', **arguments})
+        session.wait_until(concluded)
+        error = guest.qmp('query-jobs')[0].get('error')
+        guest.qmp('job-dismiss', id='job')
+        if error:
+            raise MigrationFailed(f'{command}: {error}')
+
+    def file_size(self, size: int) -> int:
+        return size + size // 64
+
+
+@dataclass(frozen=True)
 class Dump:
     """dump-guest-memory, without paging.
 

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from typing import List, Optional, Sequence, Tuple
 
 from .memory import GIB, MIB
-from .operation import DirtyRate, Dump, Operation, OverTcp, ToFile
+from .operation import (DirtyRate, Dump, InternalSnapshot, Operation, OverTcp,
+                        ToFile)
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,19 @@ GROWTH: Tuple[Row, ...] = (
     _growth('postcopy-preempt', 'postcopy at once, postcopy-preempt',
             OverTcp(('postcopy-ram', 'postcopy-preempt'), postcopy=True),
             _MIGRATES),
-    _growth('file', 'to a file', ToFile(), _MIGRATES),
+    _growth('file', 'to a file', ToFile(), _PRECOPY),
     _growth('mapped-ram', 'to a file, mapped-ram', ToFile(_MAPPED_RAM),
-            _MIGRATES),
+            _PRECOPY),
     _growth('mapped-ram-multifd', 'to a file, mapped-ram, multifd',
-            ToFile(_MAPPED_RAM_MULTIFD), _MIGRATES),
+            ToFile(_MAPPED_RAM_MULTIFD), _PRECOPY),
     _growth('mapped-ram-direct-io',
             'to a file, mapped-ram, multifd, direct-io',
             ToFile(_MAPPED_RAM_MULTIFD, parameters={'direct-io': True}),
-            _MIGRATES, needs_direct_io=True),
+            _PRECOPY, needs_direct_io=True),
     _growth('background-snapshot', 'to a file, background-snapshot',
             ToFile(saving=('background-snapshot',)), _MIGRATES),
+    # What savevm writes and loadvm reads is the guest's own RAM
+    _growth('savevm', 'savevm and loadvm, qcow2', InternalSnapshot(), _READS),
     _growth('dump-elf', 'dump-guest-memory, raw ELF', Dump('elf'), _READS,
             largest=2 * GIB, why='raw ELF writes every zero to the disk'),
     _growth('dump-kdump-zlib', 'dump-guest-memory, kdump-zlib',
@@ -153,7 +156,11 @@ GROWTH: Tuple[Row, ...] = (
     _growth('shm-file', 'precopy over tcp, memory-backend-file on /dev/shm',
             OverTcp(), _PRECOPY, 'shm-file'),
     _growth('anonymous', 'precopy over tcp, memory-backend-ram', OverTcp(),
-            (), 'anonymous'))
+            (), 'anonymous'),
+    _growth('anonymous-multifd', 'multifd, memory-backend-ram',
+            OverTcp(('multifd',)),
+            (SOURCE_STAYS, DESTINATION_STAYS, DESTINATION_TABLES),
+            'anonymous'))
 
 
 def _speed(name: str, what: str, variants: Tuple[Variant, Variant],
