@@ -251,11 +251,11 @@ static void zero_private_tmpfs(RAMBlock *rb, SparseRange todo)
 
 static void zero_private(RAMBlock *rb, const SparseRange *range)
 {
-    if (sparse_range_length(range) <= qemu_target_page_size()) {
+    if (rb->holes->private_memory == RAM_PRIVATE_TMPFS) {
+        zero_private_tmpfs(rb, *range);
+    } else if (sparse_range_length(range) <= qemu_target_page_size()) {
         /* To ask about a single page takes longer than to read it */
         zero_clear(rb, range);
-    } else if (rb->holes->private_memory == RAM_PRIVATE_TMPFS) {
-        zero_private_tmpfs(rb, *range);
     } else {
         zero_private_hole(rb, *range);
     }
@@ -294,6 +294,17 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
     }
 }
 
+/*
+ * Reading a private mapping of a file populates the file, and so it is worth
+ * more than keeping step not to do that.
+ */
+static bool gather_private(const RAMZeroRun *run, const RAMBlock *rb)
+{
+    return ram_block_is_private_known(rb) &&
+           (run->in_packet ||
+            rb->holes->private_memory == RAM_PRIVATE_TMPFS);
+}
+
 void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
                       uint64_t length)
 {
@@ -306,7 +317,7 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
          */
         run->gather = !must_populate() &&
             (ram_block_holes_known(rb) || ram_block_is_shared_anonymous(rb) ||
-             (run->in_packet && ram_block_is_private_known(rb)));
+             gather_private(run, rb));
     }
     if (!run->gather) {
         ram_handle_zero(rb, offset, length);

@@ -176,7 +176,7 @@ void ram_clear_memory(void *host, uint64_t length);
 typedef struct RAMZeroRun {
     /*
      * Set by who has a few pages at hand and nobody who waits: gather pages of
-     * private memory as well.
+     * anonymous memory as well.
      */
     bool in_packet;
     RAMBlock *rb;

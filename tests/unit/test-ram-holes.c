@@ -545,6 +545,8 @@ static void test_private_postcopy(void)
 static void test_private_tmpfs(void)
 {
     TestBlock block;
+    RAMZeroRun run = { };
+    uint64_t pages;
     uint8_t byte = DATA;
 
     if (!have_pagemap()) {
@@ -561,6 +563,16 @@ static void test_private_tmpfs(void)
     g_assert_cmpint(allocated_pages(&block), ==, 1 + 8);
     assert_pages(&block, 0, 11, 0);
     assert_pages(&block, 12, 15, DATA);
+
+    /* Pages that come one by one do not populate the file either */
+    pages = allocated_pages(&block);
+    zero_pages(&block, 24, 24);
+    for (int i = 32; i < 40; i++) {
+        ram_zero_run_add(&run, &block.rb, i * TARGET_PAGE, TARGET_PAGE);
+    }
+    ram_zero_run_flush(&run);
+    g_assert_cmpint(allocated_pages(&block), ==, pages);
+
     /* What is in the file belongs to the file */
     byte = 0;
     g_assert_cmpint(pread(block.rb.fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
@@ -824,6 +836,28 @@ static void test_hugetlb(void)
     zero_pages(&block, 0, per_huge - 1);
     g_assert_cmpint(allocated_pages(&block), ==, per_huge);
     assert_pages(&block, 0, per_huge - 1, 0);
+    test_block_destroy(&block);
+}
+
+/* Page tables are not asked about huge pages, see populated_memory_next() */
+static void test_private_hugetlb(void)
+{
+    TestBlock block;
+
+    if (!test_block_init_hugetlb(&block)) {
+        return;
+    }
+    /* Old data is in the file, and the mapping becomes a private one */
+    fill_pages(&block, 8, 15);
+    munmap(block.rb.host, 2 * HUGE_PAGE);
+    test_block_init_mapped(&block, block.rb.fd, 0, 2 * HUGE_PAGE,
+                           MAP_PRIVATE | MAP_NORESERVE, 0);
+    block.rb.page_size = HUGE_PAGE;
+    g_assert_false(ram_block_is_private_known(&block.rb));
+    fill_pages(&block, 16, 23);
+    zero_pages(&block, 4, 19);
+    assert_pages(&block, 0, 19, 0);
+    assert_pages(&block, 20, 23, DATA);
     test_block_destroy(&block);
 }
 
@@ -1183,6 +1217,7 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/private/anonymous", test_private_anonymous);
     g_test_add_func("/ram-holes/private/postcopy", test_private_postcopy);
     g_test_add_func("/ram-holes/private/tmpfs", test_private_tmpfs);
+    g_test_add_func("/ram-holes/private/hugetlb", test_private_hugetlb);
     g_test_add_func("/ram-holes/private/preallocated",
                     test_private_preallocated);
     g_test_add_func("/ram-holes/absent/shmem", test_absent_shmem);
