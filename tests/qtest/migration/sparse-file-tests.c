@@ -177,7 +177,7 @@ static const FileCase file_cases[] = {
     }, {
         .name = "memfd-private/fresh",
         .backend = BACKEND_MEMFD_PRIVATE,
-        .modes = ALL_MAPPED,
+        .modes = ALL_FILES,
         .pattern = PATTERN_ENDS,
     }, {
         /* Old data in copies of its own, and in the file that it maps */
@@ -436,7 +436,9 @@ typedef struct IdleCase {
 static const IdleCase idle_cases[] = {
     { "memfd/idle", BACKEND_MEMFD, MODE_MAPPED },
     { "memfd/idle", BACKEND_MEMFD, MODE_MAPPED_MULTIFD },
+    { "memfd-private/idle", BACKEND_MEMFD_PRIVATE, MODE_PLAIN },
     { "memfd-private/idle", BACKEND_MEMFD_PRIVATE, MODE_MAPPED },
+    { "memfd-private/idle", BACKEND_MEMFD_PRIVATE, MODE_MULTIFD },
     { "ram/idle", BACKEND_RAM, MODE_MAPPED },
     { "ram/idle", BACKEND_RAM, MODE_MAPPED_MULTIFD },
     { "ram/idle", BACKEND_RAM, MODE_MULTIFD },
