@@ -149,10 +149,9 @@ GROWTH: Tuple[Row, ...] = (
     _growth('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages',
             OverTcp(), _PRECOPY, 'memfd-hugetlb', largest=2 * GIB,
             why='huge pages are few'),
-    # A hole in the file of a private mapping need not be a zero page, so that
-    # what can be done has no target
-    _growth('private', 'precopy over tcp, memfd share=off', OverTcp(), (),
-            'memfd-private'),
+    # The source of a private mapping is read, and so fills the file
+    _growth('private', 'precopy over tcp, memfd share=off', OverTcp(),
+            (DESTINATION_STAYS, DESTINATION_TABLES), 'memfd-private'),
     _growth('shm-file', 'precopy over tcp, memory-backend-file on /dev/shm',
             OverTcp(), _PRECOPY, 'shm-file'),
     _growth('anonymous', 'precopy over tcp, memory-backend-ram', OverTcp(),
