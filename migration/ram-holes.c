@@ -9,6 +9,7 @@
 
 #include "qemu/osdep.h"
 #include "exec/memory.h"
+#include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/atomic.h"
@@ -18,6 +19,20 @@
 #include "options.h"
 #include "ram.h"
 #include "ram-holes.h"
+
+/*
+ * virtio-mem decides what is populated, and has a prealloc=on of its own.  Of
+ * another RamDiscardManager nothing is known.
+ */
+static bool discard_manager_keeps_populated(const RAMBlock *rb)
+{
+    RamDiscardManager *rdm =
+        rb->mr ? memory_region_get_ram_discard_manager(rb->mr) : NULL;
+    Object *vmem = rdm ? object_dynamic_cast(OBJECT(rdm), TYPE_VIRTIO_MEM)
+                       : NULL;
+
+    return vmem ? VIRTIO_MEM(vmem)->prealloc : rdm != NULL;
+}
 
 /*
  * Whether the user wants the memory of @rb to be allocated at all times.
@@ -32,8 +47,7 @@ static bool ram_block_keep_populated(const RAMBlock *rb)
     if (backend && MEMORY_BACKEND(backend)->prealloc) {
         return true;
     }
-    /* virtio-mem has a prealloc=on of its own, and decides what is populated */
-    if (rb->mr && memory_region_has_ram_discard_manager(rb->mr)) {
+    if (discard_manager_keeps_populated(rb)) {
         return true;
     }
     return should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state);

@@ -9,16 +9,22 @@
  */
 
 #include "qemu/osdep.h"
+#include <linux/filter.h>
 #include <linux/memfd.h>
+#include <linux/seccomp.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include "exec/memory.h"
 #include "exec/ramlist.h"
 #include "exec/target_page.h"
+#include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/bitmap.h"
 #include "qemu/error-report.h"
 #include "qemu/units.h"
+#include "qom/object.h"
 #include "system/system.h"
 #include "../../migration/options.h"
 #include "../../migration/ram-holes.h"
@@ -326,18 +332,54 @@ static void test_mlock(void)
     test_block_destroy(&block);
 }
 
-static void test_virtio_mem(void)
+/* The part of virtio-mem that is looked at, and another one of its kind */
+#define TYPE_OTHER_MANAGER "other-discard-manager"
+
+static const TypeInfo discard_managers[] = {
+    {
+        .name = TYPE_VIRTIO_MEM,
+        .parent = TYPE_OBJECT,
+        .instance_size = sizeof(VirtIOMEM),
+    }, {
+        .name = TYPE_OTHER_MANAGER,
+        .parent = TYPE_OBJECT,
+        .instance_size = sizeof(Object),
+    },
+};
+
+/* How many pages stay allocated if @rdm manages what is discarded */
+static uint64_t zero_half_managed(void *rdm)
 {
     TestBlock block;
     MemoryRegion mr = { };
+    uint64_t pages;
 
-    /* Nothing looks into it */
-    machine.rdm = (RamDiscardManager *)&machine;
+    machine.rdm = rdm;
     test_block_init(&block);
     block.rb.mr = &mr;
     ram_block_holes_init(&block.holes, &block.rb);
-    g_assert_cmpint(zero_half(&block), ==, 8);
+    pages = zero_half(&block);
     test_block_destroy(&block);
+    return pages;
+}
+
+static void test_virtio_mem(void)
+{
+    Object *vmem = object_new(TYPE_VIRTIO_MEM);
+
+    g_assert_cmpint(zero_half_managed(vmem), ==, 4);
+    VIRTIO_MEM(vmem)->prealloc = true;
+    g_assert_cmpint(zero_half_managed(vmem), ==, 8);
+    object_unref(vmem);
+}
+
+/* Nothing is known about it */
+static void test_other_discard_manager(void)
+{
+    Object *other = object_new(TYPE_OTHER_MANAGER);
+
+    g_assert_cmpint(zero_half_managed(other), ==, 8);
+    object_unref(other);
 }
 
 static void test_readonly_fd(void)
@@ -415,6 +457,108 @@ static void test_lseek_refused(void)
     close(pipes[0]);
     close(pipes[1]);
     test_block_destroy(&block);
+}
+
+/*
+ * Whatever the kernel refuses and why, the content is right and there is one
+ * warning.  Runs in a process of its own, because a seccomp filter stays.
+ */
+
+typedef struct Refusal {
+    const char *name;
+    int syscall;
+    int err;
+    /* Pages of zero_half() that are allocated */
+    uint64_t pages;
+    bool holes_known;
+} Refusal;
+
+static const Refusal refusals[] = {
+    { "fallocate/EOPNOTSUPP", SYS_fallocate, EOPNOTSUPP, 8, true },
+    { "fallocate/ENOSYS", SYS_fallocate, ENOSYS, 8, true },
+    { "fallocate/ENOSPC", SYS_fallocate, ENOSPC, 8, true },
+    { "fallocate/ENOMEM", SYS_fallocate, ENOMEM, 8, true },
+    { "fallocate/EIO", SYS_fallocate, EIO, 8, true },
+    { "lseek/EINVAL", SYS_lseek, EINVAL, 12, false },
+    { "lseek/EIO", SYS_lseek, EIO, 12, false },
+    { "lseek/ENOSYS", SYS_lseek, ENOSYS, 12, false },
+};
+
+/* Returns false if the kernel has no seccomp, or another filter forbids it */
+static bool refuse(int syscall, int err)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, syscall, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | err),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {
+        .len = ARRAY_SIZE(code),
+        .filter = code,
+    };
+
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+           prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+#define REFUSED_SKIP 77
+
+static void run_refused(const Refusal *refusal)
+{
+    char line[256] = "";
+    TestBlock block;
+
+    test_block_init(&block);
+    stderr_capture();
+    if (!refuse(refusal->syscall, refusal->err)) {
+        _exit(REFUSED_SKIP);
+    }
+    g_assert_cmpint(zero_half(&block), ==, refusal->pages);
+    zero_pages(&block, 12, 13);
+    assert_pages(&block, 12, 13, 0);
+    assert_pages(&block, 14, 15, DATA);
+    g_assert_true(ram_block_holes_known(&block.rb) == refusal->holes_known);
+    g_assert_false(ram_block_may_punch(&block.rb));
+
+    /* lseek() may be what is refused */
+    g_assert_cmpint(pread(stderr_file, line, sizeof(line) - 1, 0), >, 0);
+    g_assert_no_errno(dup2(stderr_saved, STDERR_FILENO));
+    g_assert_nonnull(strstr(line, strerror(refusal->err)));
+    g_assert_true(strchr(line, '\n') == line + strlen(line) - 1);
+    test_block_destroy(&block);
+}
+
+static void test_refused(const void *opaque)
+{
+    const Refusal *refusal = opaque;
+    pid_t child = fork();
+    int status;
+
+    g_assert_no_errno(child);
+    if (child == 0) {
+        run_refused(refusal);
+        _exit(0);
+    }
+    g_assert_cmpint(waitpid(child, &status, 0), ==, child);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == REFUSED_SKIP) {
+        g_test_skip("no seccomp filter can be installed");
+        return;
+    }
+    g_assert_true(WIFEXITED(status));
+    g_assert_cmpint(WEXITSTATUS(status), ==, 0);
+}
+
+static void add_refusals(void)
+{
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(refusals); i++) {
+        g_autofree char *path = g_strdup_printf("/ram-holes/refused/%s",
+                                                refusals[i].name);
+
+        g_test_add_data_func(path, &refusals[i], test_refused);
+    }
 }
 
 /*
@@ -1197,6 +1341,8 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     error_init(argv[0]);
+    module_call_init(MODULE_INIT_QOM);
+    type_register_static_array(discard_managers, ARRAY_SIZE(discard_managers));
     machine.ram_holes = true;
 
     g_test_add_func("/ram-holes/hole-and-punched", test_hole_and_punched);
@@ -1207,11 +1353,14 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/keep/readonly-fd", test_readonly_fd);
     g_test_add_func("/ram-holes/keep/sealed", test_sealed);
     g_test_add_func("/ram-holes/keep/virtio-mem", test_virtio_mem);
+    g_test_add_func("/ram-holes/keep/discard-manager",
+                    test_other_discard_manager);
     g_test_add_func("/ram-holes/populate/postcopy", test_postcopy);
     g_test_add_func("/ram-holes/unknown/switched-off", test_switched_off);
     g_test_add_func("/ram-holes/unknown/not-set-up", test_not_set_up);
     g_test_add_func("/ram-holes/unknown/lseek-refused", test_lseek_refused);
     g_test_add_func("/ram-holes/unknown/private", test_private);
+    add_refusals();
     g_test_add_func("/ram-holes/unknown/anonymous", test_anonymous);
     g_test_add_func("/ram-holes/shared-anonymous", test_shared_anonymous);
     g_test_add_func("/ram-holes/private/anonymous", test_private_anonymous);
