@@ -291,6 +291,15 @@ uint64_t guest_ram_allocated_bytes(const GuestRam *ram)
     return ram->private_fd < 0 ? bytes : bytes + file_bytes(ram->private_fd);
 }
 
+void guest_ram_report(const GuestRam *src, const GuestRam *dst,
+                      uint64_t before)
+{
+    g_test_message("source has %" PRIu64 " KiB allocated, it had %" PRIu64
+                   ", destination %" PRIu64 " KiB",
+                   guest_ram_allocated_bytes(src) / KiB, before / KiB,
+                   guest_ram_allocated_bytes(dst) / KiB);
+}
+
 unsigned long *guest_ram_allocated_pages(const GuestRam *ram)
 {
     unsigned long *allocated;

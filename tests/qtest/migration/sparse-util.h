@@ -119,6 +119,10 @@ void guest_ram_make_stale(const GuestRam *ram);
 
 uint64_t guest_ram_allocated_bytes(const GuestRam *ram);
 
+/* Say what is allocated on both sides; @before is that of the source */
+void guest_ram_report(const GuestRam *src, const GuestRam *dst,
+                      uint64_t before);
+
 /*
  * The pages that are allocated, or NULL if this cannot be told: there is no
  * file, or it is one of hugetlbfs, which says that all of it is data.
@@ -224,5 +228,7 @@ void migration_test_add_sparse_modes(MigrationTestEnv *the_env);
 
 /* Add the tests of sparse-hostile-tests.c */
 void migration_test_add_sparse_hostile(MigrationTestEnv *env);
+/* Add the tests of sparse-device-tests.c */
+void migration_test_add_sparse_devices(MigrationTestEnv *the_env);
 
 #endif /* SPARSE_UTIL_H */
