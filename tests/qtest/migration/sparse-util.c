@@ -77,11 +77,22 @@ static const SparseBackendInfo backends[] = {
         .object = "memory-backend-ram,share=on",
         .link = "/memfd:",
     },
+    [BACKEND_FILE] = {
+        .object = "memory-backend-file,share=on",
+    },
+    [BACKEND_HUGETLB_FILE] = {
+        .object = "memory-backend-file,share=on",
+    },
 };
 
 bool guest_ram_is_file(const GuestRam *ram)
 {
     return ram->backend != BACKEND_RAM && ram->backend != BACKEND_MEMFD_PRIVATE;
+}
+
+static bool is_hugetlb(SparseBackend backend)
+{
+    return backend == BACKEND_HUGETLB || backend == BACKEND_HUGETLB_FILE;
 }
 
 uint64_t guest_ram_pages(const GuestRam *ram)
@@ -105,6 +116,15 @@ static void ram_unlink(void *opaque)
     g_clear_pointer(&ram->path, g_free);
 }
 
+/* QEMU opens the file of @fd by a name that nobody has to remove */
+static void ram_use_file(GuestRam *ram, int fd)
+{
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(ftruncate(fd, ram->start + ram->size), ==, 0);
+    ram->fd = fd;
+    ram->path = g_strdup_printf("/proc/%d/fd/%d", getpid(), fd);
+}
+
 void guest_ram_init(GuestRam *ram, SparseBackend backend, uint64_t size)
 {
     *ram = (GuestRam) {
@@ -112,8 +132,8 @@ void guest_ram_init(GuestRam *ram, SparseBackend backend, uint64_t size)
         .private_fd = -1,
         .start = backends[backend].offset,
         .size = size,
-        .page_size = backend == BACKEND_HUGETLB ? HUGETLB_PAGE_SIZE
-                                                : qemu_real_host_page_size(),
+        .page_size = is_hugetlb(backend) ? HUGETLB_PAGE_SIZE
+                                         : qemu_real_host_page_size(),
         .backend = backend,
     };
 
@@ -125,17 +145,21 @@ void guest_ram_init(GuestRam *ram, SparseBackend backend, uint64_t size)
         g_assert_cmpint(ram->fd, >=, 0);
         break;
     case BACKEND_MEMFD_SEALABLE:
-        ram->fd = memfd_create("qemu-sparse-test",
-                               MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        g_assert_cmpint(ram->fd, >=, 0);
-        g_assert_cmpint(ftruncate(ram->fd, ram->size), ==, 0);
-        ram->path = g_strdup_printf("/proc/%d/fd/%d", getpid(), ram->fd);
+        ram_use_file(ram, memfd_create("qemu-sparse-test",
+                                       MFD_CLOEXEC | MFD_ALLOW_SEALING));
         break;
     default:
         break;
     }
 
     qtest_add_abrt_handler(ram_unlink, ram);
+}
+
+void guest_ram_init_file(GuestRam *ram, SparseBackend backend, uint64_t size,
+                         int fd)
+{
+    guest_ram_init(ram, backend, size);
+    ram_use_file(ram, fd);
 }
 
 /* Open QEMU's own file descriptor of a file of the right name and size */
@@ -232,7 +256,7 @@ void guest_ram_write_page(const GuestRam *ram, uint64_t page, const void *buf)
 {
     off_t offset = ram->start + page * ram->page_size;
 
-    if (ram->backend == BACKEND_HUGETLB) {
+    if (is_hugetlb(ram->backend)) {
         /* hugetlbfs has no write() */
         void *map = mmap(NULL, ram->page_size, PROT_READ | PROT_WRITE,
                          MAP_SHARED, ram->fd, offset);
@@ -305,7 +329,7 @@ unsigned long *guest_ram_allocated_pages(const GuestRam *ram)
     unsigned long *allocated;
     off_t data, hole = ram->start;
 
-    if (!guest_ram_is_file(ram) || ram->backend == BACKEND_HUGETLB) {
+    if (!guest_ram_is_file(ram) || is_hugetlb(ram->backend)) {
         return NULL;
     }
 
@@ -337,7 +361,7 @@ uint64_t guest_ram_allocation_unit(const GuestRam *ram)
     struct stat st;
     uint64_t huge;
 
-    if (ram->backend == BACKEND_HUGETLB) {
+    if (is_hugetlb(ram->backend)) {
         return ram->page_size;
     }
     /* What tmpfs is mounted with takes precedence in a file of it */

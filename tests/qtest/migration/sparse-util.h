@@ -68,6 +68,8 @@ typedef enum SparseBackend {
     BACKEND_SHM,
     BACKEND_RAM,
     BACKEND_RAM_SHARED,
+    BACKEND_FILE,               /* the file of guest_ram_init_file() */
+    BACKEND_HUGETLB_FILE,       /* the same, on hugetlbfs */
 } SparseBackend;
 
 /* Returns why the backend cannot be had twice on this host, or NULL */
@@ -90,6 +92,10 @@ typedef struct GuestRam {
 
 /* Before QEMU is started: create the file, if it is not QEMU that does it */
 void guest_ram_init(GuestRam *ram, SparseBackend backend, uint64_t size);
+
+/* The same, with a file that the test has opened; @ram closes @fd */
+void guest_ram_init_file(GuestRam *ram, SparseBackend backend, uint64_t size,
+                         int fd);
 
 /* The options that give a guest this RAM; @object_opts is NULL or ",..." */
 char *guest_ram_opts(const GuestRam *ram, const char *object_opts);
@@ -230,5 +236,8 @@ void migration_test_add_sparse_modes(MigrationTestEnv *the_env);
 void migration_test_add_sparse_hostile(MigrationTestEnv *env);
 /* Add the tests of sparse-device-tests.c */
 void migration_test_add_sparse_devices(MigrationTestEnv *the_env);
+
+/* Add the tests of sparse-error-tests.c */
+void migration_test_add_sparse_errors(MigrationTestEnv *the_env);
 
 #endif /* SPARSE_UTIL_H */
