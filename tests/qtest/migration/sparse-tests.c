@@ -821,6 +821,7 @@ void migration_test_add_sparse(MigrationTestEnv *env)
     migration_test_add_sparse_ram(env);
     migration_test_add_sparse_hostile(env);
     migration_test_add_sparse_stress(env);
+    migration_test_add_sparse_pressure();
 
     if (!env->full_set) {
         return;

@@ -16,5 +16,7 @@ void migration_test_add_sparse_ram(MigrationTestEnv *env);
 
 /* Files and snapshots that are loaded; called by migration_test_add_sparse() */
 void migration_test_add_sparse_file(MigrationTestEnv *env);
+/* A destination that is short of memory; likewise */
+void migration_test_add_sparse_pressure(void);
 
 #endif /* SPARSE_TESTS_H */
