@@ -34,7 +34,8 @@ from sparseram.guest import SHM, GuestError, import_qemu, pick_accelerator
 from sparseram.memory import GIB, MIB, SMALLEST
 from sparseram.migrate import MigrationFailed
 from sparseram.operation import MeasureConfig, Measurement, measure
-from sparseram.rows import FULL, GROWTH, IDLE, SPEED, Row, Variant, select
+from sparseram.rows import (ALL, FULL, GROWTH, IDLE, SCATTERED, SPARSE_RAM,
+                            SPEED, Row, Variant, select)
 from sparseram.summary import RowResult
 
 OUTPUT = os.path.join(ROOT, 'build/bench')
@@ -49,7 +50,8 @@ HUGE_PAGE = 2 * MIB
 LEGEND = """\
 Medians over the runs. MiB: what was added during the operation; of guest RAM
 (st_blocks of its file; with memory-backend-ram, anonymous memory of the
-process) and of page tables (VmPTE). total: as QEMU says it. load: until the
+process) and of page tables (VmPTE). RSS: at its highest during the operation,
+over that before. total: as QEMU says it. load: until the
 second guest has read the file. holes: what query-migrate tells, of what there
 was before. ratio: of the medians. spread: the larger interquartile range of
 the two variants, in percent of the median; a ratio that is closer to 1 than
@@ -222,6 +224,11 @@ def why_not(row: Row, limits: Limits, direct_io: bool) -> Optional[str]:
     """Why a row cannot be measured here, as part of a sentence, or None."""
     if row.needs_direct_io and not direct_io:
         return 'the file system has no O_DIRECT'
+    for variant in row.variants:
+        why = variant.size and memory.check_mappable(variant.size)
+        if why:
+            return (f'a memfd of {memory.format_size(variant.size or 0)} '
+                    f'cannot be mapped: {why}')
     shortage = limits.shortage(row, SMALLEST)
     if shortage and shortage.endswith('huge pages are free'):
         pages = 2 * (row.largest or SMALLEST) // HUGE_PAGE
@@ -236,7 +243,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.rows = select(GROWTH + SPEED, args.only)
+        self.rows = select(ALL, args.only)
         self.floor = memory_floor()
         self.accel = args.accel or pick_accelerator()
         self.results: List[RowResult] = []
@@ -275,7 +282,8 @@ class Bench:
         result = RowResult(row, size, wanted,
                            skipped=why_not(row, limits, self.direct_io))
         if not result.skipped:
-            runs = (self.args.speed_runs if row in SPEED else self.args.runs)
+            runs = (self.args.speed_runs if row in SPEED + SCATTERED
+                    else self.args.runs)
             for number in range(runs):
                 self.measure_both(result, number)
         return result
@@ -305,9 +313,13 @@ class Bench:
                      verify: bool) -> Measurement:
         """One run of one variant."""
         return measure(result.row.operation, MeasureConfig(
-            binary=getattr(self.args, variant.qemu), size=result.size,
+            binary=getattr(self.args, variant.qemu),
+            size=result.size_of(variant),
             directory=self.args.directory, backend=variant.backend,
-            fill=result.row.fill, accel=self.accel, verify=verify,
+            fill=None if variant.scattered else result.row.fill,
+            scatter=result.size if variant.scattered else None,
+            capabilities=variant.capabilities,
+            accel=self.accel, verify=verify,
             extra_args=tuple(self.args.qemu_args),
             memory_floor=self.floor))
 
@@ -366,8 +378,10 @@ def headline(bench: Bench) -> str:
 def print_report(bench: Bench) -> List[summary.Verdict]:
     """The tables; returns the verdicts."""
     measured = [result for result in bench.results if result.runs]
-    growth = [result for result in measured if result.row in GROWTH]
-    speed = [result for result in measured if result.row in SPEED]
+    growth = [result for result in measured
+              if result.row in GROWTH + SPARSE_RAM]
+    speed = [result for result in measured
+             if result.row in SPEED + SCATTERED]
     verdicts = [verdict for result in measured
                 for verdict in summary.judge(result)]
     parts = [headline(bench)] if bench.versions else []
@@ -396,10 +410,10 @@ def list_rows(rows: Sequence[Row]) -> None:
 def run(args: argparse.Namespace) -> int:
     """All of it; returns the exit status."""
     memory.require_linux()
-    if not select(GROWTH + SPEED, args.only):
+    if not select(ALL, args.only):
         raise UserError(f"no row matches {' or '.join(args.only)}: see --list")
     if args.list:
-        list_rows(select(GROWTH + SPEED, args.only))
+        list_rows(select(ALL, args.only))
         return 0
     check_binaries((args.patched, args.stock))
     import_qemu(args.qemu_python)

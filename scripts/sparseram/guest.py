@@ -24,9 +24,9 @@ from .memory import (AnonymousRam, FileRam, GuestRam, PrivateFileRam, Sample,
 
 _RAM_ID = 'mem1'
 
-# The destination's KVM writes the time into the page that a guest registered
-# for its kvmclock (SeaBIOS does), and the two guests' RAM would differ there
-_KVM_CPU = ('-cpu', 'qemu64,kvmclock=off')
+# Of RAM that is larger, the addresses do not fit into the 40 bits of the
+# default processor
+_LARGEST_WITH_DEFAULT_CPU = 1 << 39
 
 _EXIT_TIMEOUT = 2       # seconds
 
@@ -116,6 +116,19 @@ class GuestGone(GuestError):
     """QEMU ended, or never started; says what it printed last."""
 
 
+def _cpu(accel: str, size: int) -> Sequence[str]:
+    """What kind of processor the guest needs, if not the default one."""
+    features = []
+    if accel == 'kvm':
+        # The destination's KVM writes the time into the page that a guest
+        # registered for its kvmclock (SeaBIOS does), and the two guests' RAM
+        # would differ there
+        features += ['kvmclock=off']
+    if size > _LARGEST_WITH_DEFAULT_CPU:
+        features += ['phys-bits=46']
+    return ('-cpu', ','.join(['qemu64', *features])) if features else ()
+
+
 class Guest:
     """One QEMU.  A context manager: starts on entry, is killed on exit."""
 
@@ -138,7 +151,7 @@ class Guest:
             '-object', f'{BACKENDS[backend].options},id={_RAM_ID},size={size}',
             '-machine', f'q35,memory-backend={_RAM_ID},accel={accel}',
             '-smp', '4',
-            *(_KVM_CPU if accel == 'kvm' else ()),
+            *_cpu(accel, size),
             *(('-S',) if paused else ()),
             *(('-incoming', 'defer') if incoming else ()),
             *extra_args]

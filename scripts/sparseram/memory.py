@@ -149,9 +149,12 @@ class Sample:
     allocated: pages that guest RAM has: st_blocks of its file.  None if RAM
     is anonymous and so has no file.
     The rest is from /proc/PID/status and belongs to the whole process.
+    rss_peak: the highest rss since the process started, or since
+    reset_rss_peak().
     """
     allocated: Optional[int]
     rss: int
+    rss_peak: int
     rss_anon: int
     rss_file: int
     rss_shmem: int
@@ -163,10 +166,17 @@ def sample(pid: int, ram: 'GuestRam') -> Sample:
     status = _read_fields(f'/proc/{pid}/status')
     return Sample(allocated=ram.allocated(),
                   rss=status['VmRSS'],
+                  rss_peak=status['VmHWM'],
                   rss_anon=status['RssAnon'],
                   rss_file=status['RssFile'],
                   rss_shmem=status['RssShmem'],
                   page_tables=status['VmPTE'])
+
+
+def reset_rss_peak(pid: int) -> None:
+    """Let process pid's rss_peak count from now on."""
+    with open(f'/proc/{pid}/clear_refs', 'w', encoding='ascii') as file:
+        file.write('5')         # see proc_pid_clear_refs(5)
 
 
 # Guest RAM
@@ -587,6 +597,36 @@ def fill(ram: GuestRam, step: int = 1) -> int:
             view = memoryview(_numbered(block, 1 + offset // PAGE_SIZE))
             written += _pwrite_pages(fd, view[:length], ram.base + offset,
                                      step)
+    finally:
+        os.close(fd)
+    return written
+
+
+# What scatter() writes at one place
+EXTENT = 64 * KIB
+
+
+def scatter(ram: GuestRam, amount: int) -> int:
+    """Spread data evenly over RAM, in extents of EXTENT; returns how much.
+
+    Page for page it is the data that fill() puts into RAM of that size.
+    """
+    count = amount // EXTENT
+    if amount % EXTENT or not 0 < amount <= ram.size:
+        raise ValueError(f'{amount} bytes in {ram.size} bytes of RAM')
+    distance = ram.size // count // PAGE_SIZE * PAGE_SIZE
+    block = bytearray(random.Random(0).randbytes(_FILL_BLOCK))
+    per_block = _FILL_BLOCK // EXTENT
+    written = 0
+    fd = ram.open()
+    try:
+        for first in range(0, count, per_block):
+            view = memoryview(_numbered(block,
+                                        1 + first * EXTENT // PAGE_SIZE))
+            for number in range(first, min(first + per_block, count)):
+                at = (number - first) * EXTENT
+                written += _pwrite_all(fd, view[at:at + EXTENT],
+                                       ram.base + number * distance)
     finally:
         os.close(fd)
     return written

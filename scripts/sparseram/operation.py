@@ -269,6 +269,8 @@ class MeasureConfig:
     """What to measure.  Sizes in bytes.
 
     fill: None for an idle guest, or n for data in every n-th page.
+    scatter: how much data to spread over RAM, see memory.scatter().
+    capabilities: those of the operation come on top.
     directory: where temporary files may go.
     verify: compare the guests' RAM afterwards; takes long for a lot of data.
     memory_floor, timeout: as in MigrateConfig.
@@ -278,6 +280,8 @@ class MeasureConfig:
     directory: str
     backend: str = 'memfd'
     fill: Optional[int] = None
+    scatter: Optional[int] = None
+    capabilities: Tuple[str, ...] = ()
     accel: str = 'tcg'
     verify: bool = True
     extra_args: Tuple[str, ...] = ()
@@ -311,10 +315,12 @@ class Growth:
     ram: bytes of guest RAM: of its file, or, with anonymous RAM, of the
     process's anonymous memory.
     page_tables: bytes.  cpu: seconds of processor time.
+    rss_peak: bytes that were resident at most, over those before.
     """
     ram: int
     page_tables: int
     cpu: float
+    rss_peak: int
 
 
 def ram_growth(before: Sample, after: Sample) -> int:
@@ -337,6 +343,7 @@ class _Meter:
 
     def __init__(self, guest: Guest):
         self._guest = guest
+        memory.reset_rss_peak(guest.pid)
         self._before = guest.sample()
         self._cpu = cpu_time(guest.pid)
 
@@ -345,7 +352,8 @@ class _Meter:
         after = self._guest.sample()
         return Growth(ram_growth(self._before, after),
                       after.page_tables - self._before.page_tables,
-                      cpu_time(self._guest.pid) - self._cpu)
+                      cpu_time(self._guest.pid) - self._cpu,
+                      after.rss_peak - self._before.rss)
 
 
 def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
@@ -381,6 +389,10 @@ def measure(operation: Operation, config: MeasureConfig) -> Measurement:
             guests[0].qmp('stop')
         if config.fill:
             memory.fill(guests[0].ram, config.fill)
+        if config.scatter:
+            memory.scatter(guests[0].ram, config.scatter)
+        for each in guests:
+            configure(each, config.capabilities, {})
         expected = count_holes(guests[0].ram, config.backend)
         meters = [_Meter(each) for each in guests]
         times = operation.run(Session(

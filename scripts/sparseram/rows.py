@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import List, Optional, Sequence, Tuple
 
-from .memory import GIB, MIB
+from .memory import GIB, MIB, format_size
 from .operation import (DirtyRate, Dump, InternalSnapshot, Operation, OverTcp,
                         ToFile)
 
@@ -15,15 +15,23 @@ class Variant:
     """One of the two things that a row compares.
 
     qemu: 'stock' or 'patched'; backend: one of guest.BACKENDS.
+    capabilities: on top of those of the row's operation.
+    size: bytes of RAM, if not that of the row.  No more of it than the row's
+    size is expected to fill up; with scattered, that much of it has data.
     """
     label: str
     qemu: str
     backend: str = 'memfd'
+    capabilities: Tuple[str, ...] = ()
+    size: Optional[int] = None
+    scattered: bool = False
 
 
 @dataclass(frozen=True)
 class AtMost:
     """A target: the median of a metric of the subject has this limit.
+
+    In bytes, or in seconds if the metric is a time.
 
     strict: the limit itself is too much already.
     metric, and what follows, as in summary.METRICS.
@@ -186,6 +194,43 @@ SPEED: Tuple[Row, ...] = (
     _speed('speed-memfd', 'idle memfd over idle memory-backend-ram',
            (Variant('anonymous', 'patched', 'anonymous'),
             Variant('memfd', 'patched', 'memfd')), 1.0, IDLE))
+
+
+# With the capability sparse-ram
+_SPARSE_RAM = ('sparse-ram',)
+_LEAN = AtMost('source_rss_peak', 64 * MIB), AtMost('destination_rss_peak',
+                                                    64 * MIB)
+
+
+def _with_sparse_ram(size: int) -> Variant:
+    return Variant(f'sparse-ram, {format_size(size)}', 'patched',
+                   capabilities=_SPARSE_RAM, size=size)
+
+
+def _sparse_ram(name: str, baseline: Variant, size: int,
+                seconds: float) -> Row:
+    return Row(name, f'precopy over tcp, sparse-ram, {format_size(size)}',
+               OverTcp(), baseline, _with_sparse_ram(size),
+               targets=(AtMost('total_time', seconds), *_PRECOPY, *_LEAN))
+
+
+# The sizes do not depend on the memory that there is: nothing fills up
+SPARSE_RAM: Tuple[Row, ...] = (
+    _sparse_ram('sparse-ram', Variant('stock', 'stock'), 8 * GIB, 0.030),
+    _sparse_ram('sparse-ram-256G', _with_sparse_ram(8 * GIB), 256 * GIB, 0.5),
+    _sparse_ram('sparse-ram-1T', _with_sparse_ram(8 * GIB), 1024 * GIB, 1.0))
+
+# Time depends on the data, not on the size of RAM
+SCATTERED: Tuple[Row, ...] = (
+    Row('sparse-ram-scattered',
+        'sparse-ram, data in extents of 64 KiB over 256 GiB', OverTcp(),
+        Variant('full', 'patched', capabilities=_SPARSE_RAM),
+        Variant('scattered', 'patched', capabilities=_SPARSE_RAM,
+                size=256 * GIB, scattered=True),
+        FULL, fill=1, largest=2 * GIB, why='this much data is enough',
+        targets=(RatioAtMost('total_time', 1.10), HolesAreRight())),)
+
+ALL: Tuple[Row, ...] = GROWTH + SPARSE_RAM + SPEED + SCATTERED
 
 
 def select(rows: Sequence[Row], patterns: Sequence[str]) -> List[Row]:

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from .memory import MIB, format_size
 from .operation import Measurement
 from .report import rst_table
-from .rows import AtMost, HolesAreRight, RatioAtMost, Row
+from .rows import AtMost, HolesAreRight, RatioAtMost, Row, Variant
 
 Metric = Callable[[Measurement], Optional[float]]
 
@@ -30,6 +30,8 @@ METRICS: Dict[str, Metric] = {
     'destination_growth': _of_destination('ram'),
     'source_page_tables': lambda m: m.source.page_tables,
     'destination_page_tables': _of_destination('page_tables'),
+    'source_rss_peak': lambda m: m.source.rss_peak,
+    'destination_rss_peak': _of_destination('rss_peak'),
     'total_time': lambda m: m.times.total,
     'wall_time': lambda m: m.times.wall,
     'load_time': lambda m: m.times.load,
@@ -37,12 +39,14 @@ METRICS: Dict[str, Metric] = {
     'expected_holes': lambda m: m.expected_holes,
     'holes': lambda m: m.holes}
 
-_RATIOS = ('total_time', 'wall_time', 'load_time', 'cpu_time')
+_TIMES = ('total_time', 'wall_time', 'load_time', 'cpu_time')
 
 _NAMES = {'source_growth': 'source growth',
           'destination_growth': 'destination growth',
           'source_page_tables': 'source page tables',
           'destination_page_tables': 'destination page tables',
+          'source_rss_peak': 'source RSS, highest',
+          'destination_rss_peak': 'destination RSS, highest',
           'total_time': 'total time'}
 
 # Not '-', which is a list in reStructuredText
@@ -53,7 +57,8 @@ NOTHING = 'n/a'
 class RowResult:
     """All that was measured of a row.
 
-    size: bytes of guest RAM; wanted: those that it should have had.
+    size: bytes of guest RAM, but see size_of(); wanted: those that it should
+    have had.
     runs: by the variant's label, in the order in which they were done.
     failures: by label, what went wrong with that variant.
     skipped: why nothing was measured.
@@ -64,6 +69,10 @@ class RowResult:
     runs: Dict[str, List[Measurement]] = field(default_factory=dict)
     failures: Dict[str, str] = field(default_factory=dict)
     skipped: Optional[str] = None
+
+    def size_of(self, variant: Variant) -> int:
+        """Bytes of guest RAM."""
+        return variant.size or self.size
 
     def values(self, label: str, metric: str) -> List[float]:
         """One value a run."""
@@ -130,10 +139,13 @@ def judge(result: RowResult) -> List[Verdict]:
 def _judge(result: RowResult, target: object) -> Verdict:
     met: Optional[bool]
     if isinstance(target, AtMost):
+        is_time = target.metric in _TIMES
+        limit = (f'{target.limit:g} s' if is_time
+                 else format_size(int(target.limit)))
         text = (f'{_NAMES[target.metric]} {"<" if target.strict else "<="} '
-                f'{format_size(int(target.limit))}')
+                f'{limit}')
         value = result.median(result.row.subject.label, target.metric)
-        measured = f'{_mib(value)} MiB'
+        measured = f'{_seconds(value)} s' if is_time else f'{_mib(value)} MiB'
         met = value is not None and (value < target.limit or
                                      value == target.limit
                                      and not target.strict)
@@ -154,7 +166,8 @@ def _judge(result: RowResult, target: object) -> Verdict:
         raise TypeError(target)
     if value is None:
         measured, met = NOTHING, None
-    return Verdict(result.row.name, result.size, text, measured, met)
+    return Verdict(result.row.name, result.size_of(result.row.subject), text,
+                   measured, met)
 
 
 # Text
@@ -191,22 +204,26 @@ def _holes(result: RowResult, label: str) -> str:
 def growth_table(results: Sequence[RowResult]) -> str:
     """Two lines a row, of the rows in which RAM grows."""
     header = ('row', 'guest RAM', 'QEMU', 'source, MiB', 'dest., MiB',
-              'source PTE, MiB', 'dest. PTE, MiB', 'total, s', 'load, s',
-              'holes', 'runs')
-    return rst_table(header, [_growth_line(result, variant.label)
+              'source PTE, MiB', 'dest. PTE, MiB', 'source RSS, MiB',
+              'dest. RSS, MiB', 'total, s', 'load, s', 'holes', 'runs')
+    return rst_table(header, [_growth_line(result, variant)
                               for result in results
                               for variant in result.row.variants])
 
 
-def _growth_line(result: RowResult, label: str) -> List[str]:
+def _growth_line(result: RowResult, variant: Variant) -> List[str]:
+    label = variant.label
+
     def median(metric: str) -> Optional[float]:
         return result.median(label, metric)
 
-    return [result.row.name, format_size(result.size), label,
+    return [result.row.name, format_size(result.size_of(variant)), label,
             _mib(median('source_growth')),
             _mib(median('destination_growth')),
             _mib(median('source_page_tables')),
             _mib(median('destination_page_tables')),
+            _mib(median('source_rss_peak')),
+            _mib(median('destination_rss_peak')),
             _seconds(median('total_time')), _seconds(median('load_time')),
             _holes(result, label), str(len(result.runs.get(label, ())))]
 
@@ -282,8 +299,8 @@ def as_dict(result: RowResult) -> Dict[str, Any]:
                  for label, runs in result.runs.items()},
         'medians': {label: {name: result.median(label, name)
                             for name in METRICS} for label in result.runs},
-        'ratios': {name: result.ratio(name) for name in _RATIOS},
-        'spreads': {name: result.spread(name) for name in _RATIOS},
+        'ratios': {name: result.ratio(name) for name in _TIMES},
+        'spreads': {name: result.spread(name) for name in _TIMES},
         'targets': [{'kind': type(target).__name__, **vars(target),
                      'target': verdict.target, 'measured': verdict.measured,
                      'met': verdict.met} for verdict, target in verdicts]}

@@ -45,7 +45,7 @@ def anonymous_ram(test: unittest.TestCase, size: int):
 
 
 def sample(allocated=None, rss=0) -> memory.Sample:
-    return memory.Sample(allocated, rss, 0, 0, 0, 0)
+    return memory.Sample(allocated, rss, rss, 0, 0, 0, 0)
 
 
 def result(before, after, source=64 * MIB, differing=0) -> Result:
