@@ -15,16 +15,21 @@ not complete; 2 for a mistake on the command line or something missing.
 import argparse
 import sys
 from dataclasses import replace
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 from sparseram import UserError, memory, report
+from sparseram.cgroup import CgroupUnavailable
 from sparseram.cli import (add_qemu_arguments, check_binaries, guest_size,
                            memory_floor, run_main, say)
 from sparseram.guest import GuestError, import_qemu, pick_accelerator
 from sparseram.memory import GIB, MIB, format_size
 from sparseram.migrate import (DESTINATION_ALLOWANCE, MigrateConfig,
-                               MigrationFailed, Probe, Result, migrate_once,
-                               probe)
+                               MigrationFailed, Pressure, Probe, Result,
+                               migrate_once, migrate_under_pressure, probe)
+
+# What a destination that is short of memory gets on top of the guest's data:
+# for QEMU itself
+PRESSURE_ALLOWANCE = 256 * MIB
 
 
 def parse_args() -> argparse.Namespace:
@@ -164,8 +169,30 @@ def run(args: argparse.Namespace) -> int:
                                size=min(fitting, wanted),
                                capabilities=()))]
 
+    results = migrate_all(todo)
+    if results:
+        print(report.results_table(results))
+        print()
+        print(report.in_words(results, explanation))
+    if args.json:
+        report.write_json(args.json, results, probe=vars(probed))
+    pressures = try_pressure(
+        {'patched': replace(patched, size=min(fitting, wanted)),
+         'stock': todo[-1][1]})
+    if pressures:
+        print()
+        print('The destination in a memory cgroup, limited to the data and '
+              f'{format_size(PRESSURE_ALLOWANCE)}:')
+        print()
+        print(report.pressure_table(pressures))
+    failed = sum(map(len, results.values())) < len(todo)
+    return max(int(failed), judge(results), judge_pressure(pressures))
+
+
+def migrate_all(todo: List[Tuple[str, MigrateConfig]]) \
+        -> Dict[str, List[Result]]:
+    """Returns the results by name, without those migrations that failed."""
     results: Dict[str, List[Result]] = {}
-    status = 0
     for name, config in todo:
         say(f'{name}: {format_size(config.size)} of RAM, '
             f'{config.source_backend} to {config.destination_backend}, '
@@ -174,17 +201,38 @@ def run(args: argparse.Namespace) -> int:
             result = migrate_once(config, lambda text: say(f'  {text}'))
         except (MigrationFailed, GuestError) as err:
             say(f'FAILED: {name}, {format_size(config.size)}: {err}')
-            status = 1
         else:
             results.setdefault(name, []).append(result)
+    return results
 
-    if results:
-        print(report.results_table(results))
-        print()
-        print(report.in_words(results, explanation))
-    if args.json:
-        report.write_json(args.json, results, probe=vars(probed))
-    return status or judge(results)
+
+def try_pressure(configs: Dict[str, MigrateConfig]) -> Dict[str, Pressure]:
+    """Migrate to destinations that are short of memory."""
+    pressures = {}
+    for name, config in configs.items():
+        limit = config.data + PRESSURE_ALLOWANCE
+        say(f'{name}: {format_size(config.size)} of RAM, the destination '
+            f'limited to {format_size(limit)} of memory')
+        try:
+            pressures[name] = migrate_under_pressure(
+                config, limit, lambda text: say(f'  {text}'))
+        except CgroupUnavailable as err:
+            say(f'Not shown: {err}.')
+            break
+    return pressures
+
+
+def judge_pressure(pressures: Dict[str, Pressure]) -> int:
+    """Say what is wrong; returns the exit status."""
+    patched = pressures.get('patched')
+    if not patched or (patched.result
+                       and patched.result.comparison.identical):
+        return 0
+    say('FAILED: patched: with a limit of '
+        f'{report.mib(patched.limit)} MiB the destination '
+        + ('has other RAM than the source' if patched.result
+           else 'was killed'))
+    return 1
 
 
 def judge(results: Dict[str, List[Result]]) -> int:

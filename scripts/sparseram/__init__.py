@@ -2,6 +2,7 @@
 """Measuring what a migration does to guest RAM that has holes.
 
 guest      starts and stops a QEMU, and talks to it
+cgroup     a limit to the memory of a guest's process
 memory     what the kernel says about guest RAM, without ever populating it
 migrate    one migration from start to end: migrate_once(config) -> Result
 report     its results as text

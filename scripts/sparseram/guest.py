@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, Callable, Dict, Optional, Sequence
 
 from . import UserError
+from .cgroup import Cgroup
 from .memory import (AnonymousRam, FileRam, GuestRam, PrivateFileRam, Sample,
                      format_size, sample)
 
@@ -135,17 +136,21 @@ class Guest:
     def __init__(self, name: str, binary: str, size: int, *,
                  backend: str = 'memfd', accel: str = 'tcg',
                  paused: bool = False, incoming: bool = False,
-                 extra_args: Sequence[str] = ()):
+                 extra_args: Sequence[str] = (),
+                 cgroup: Optional[Cgroup] = None):
         """
         size: of guest RAM, in bytes
         backend: one of BACKENDS
         paused: do not start the virtual CPUs (-S)
         incoming: wait for a migration (-incoming defer)
         extra_args: for QEMU's command line, after all others
+        cgroup: for the process to start in
         """
         self.name = name
         self._size = size
         self._backend = backend
+        self._wrapper = (*(cgroup.command if cgroup else ()),
+                         *_die_with_parent())
         self._args = [
             '-nodefaults', '-no-user-config',
             '-object', f'{BACKENDS[backend].options},id={_RAM_ID},size={size}',
@@ -176,7 +181,7 @@ class Guest:
     def _start(self) -> None:
         assert _machine and self._directory
         self._vm = _machine.QEMUMachine(
-            self._binary, self._args, wrapper=_die_with_parent(),
+            self._binary, self._args, wrapper=self._wrapper,
             name=self.name, base_temp_dir=self._directory.name)
         # launch() waits half a minute for a QEMU that it could not connect to,
         # also when it is interrupted

@@ -9,6 +9,7 @@ from typing import (Any, Callable, Dict, Iterable, Iterator, Optional,
                     Sequence, Tuple)
 
 from . import memory
+from .cgroup import Cgroup
 from .guest import Guest, GuestError
 from .memory import GIB, MIB, Comparison, Sample
 
@@ -266,13 +267,15 @@ def _compare(source: Guest, destination: Guest) -> Comparison:
 
 
 def migrate_once(config: MigrateConfig,
-                 progress: Callable[[str], None] = lambda _: None) -> Result:
+                 progress: Callable[[str], None] = lambda _: None,
+                 cgroup: Optional[Cgroup] = None) -> Result:
     """Start two QEMUs, migrate one into the other, measure, stop both.
 
     The destination has -S: after the migration no guest runs, so that their
     RAM can be compared.
 
     progress: gets a few words now and then.
+    cgroup: for the destination.
     Raises MigrationFailed or GuestError; nothing is left behind then either.
     """
     common: Dict[str, Any] = {'accel': config.accel,
@@ -282,7 +285,7 @@ def migrate_once(config: MigrateConfig,
                **common) as source, \
          Guest('destination', config.destination_binary, config.size,
                backend=config.destination_backend, paused=True,
-               incoming=True, **common) as destination, \
+               incoming=True, cgroup=cgroup, **common) as destination, \
          watched((source, destination), config.memory_floor,
                  config.timeout) as watchdog:
         if not config.paused:
@@ -307,6 +310,36 @@ def migrate_once(config: MigrateConfig,
                       wall_time=wall_time,
                       ram=info['ram'],
                       comparison=_compare(source, destination))
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """What became of a destination that is short of memory.
+
+    limit, peak: bytes; peak is None if unknown.
+    result: None if the kernel killed the destination because it was full.
+    """
+    config: MigrateConfig
+    limit: int
+    peak: Optional[int]
+    result: Optional[Result]
+
+
+def migrate_under_pressure(config: MigrateConfig, limit: int,
+                           progress: Callable[[str], None]) -> Pressure:
+    """Migrate to a destination in a memory cgroup with this limit (bytes).
+
+    Raises CgroupUnavailable, and what migrate_once() raises, if that is not
+    because the destination was killed.
+    """
+    result = None
+    with Cgroup(limit) as cgroup:
+        try:
+            result = migrate_once(config, progress, cgroup)
+        except (MigrationFailed, GuestError):
+            if not cgroup.oom_kills():
+                raise
+        return Pressure(config, limit, cgroup.peak(), result)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from . import memory
 from .memory import MIB, format_size
-from .migrate import Result
+from .migrate import Pressure, Result
 
 
 def rst_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,6 +85,21 @@ def _sentence(name: str, result: Result) -> str:
             f'{mib(result.source_holds)} MiB of data made {source}'
             f'its destination grow by {mib(growth)} MiB, in '
             f'{result.total_time:.1f} seconds.')
+
+
+def pressure_table(pressures: Dict[str, Pressure]) -> str:
+    """One row for each; they are known by the name of the QEMU."""
+    header = ('QEMU', 'guest RAM', 'limit, MiB', 'highest, MiB',
+              'destination', 'RAM identical')
+    rows = []
+    for name, pressure in pressures.items():
+        result = pressure.result
+        identical = result and result.comparison.identical
+        rows.append([name, format_size(pressure.config.size),
+                     mib(pressure.limit), mib(pressure.peak),
+                     'has all' if result else 'killed by the kernel',
+                     'n/a' if not result else 'yes' if identical else 'NO'])
+    return rst_table(header, rows)
 
 
 def machine() -> Dict[str, Any]:

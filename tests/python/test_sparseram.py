@@ -16,8 +16,8 @@ sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 import demo                                             # noqa: E402
 from sparseram import memory, report                    # noqa: E402
 from sparseram.memory import GIB, MIB, PAGE_SIZE        # noqa: E402
-from sparseram.migrate import (MigrateConfig, Probe, Result,    # noqa: E402
-                               Watchdog)
+from sparseram.migrate import (MigrateConfig, Pressure,         # noqa: E402
+                               Probe, Result, Watchdog)
 
 
 class Memfd:
@@ -289,6 +289,40 @@ class Judge(unittest.TestCase):
         for name in ('patched', 'stock'):
             self.assertEqual(
                 self.judge(**{name: result(0, 0, differing=1)}), 1)
+
+
+def pressure(outcome) -> Pressure:
+    """outcome: a result, or None if the destination was killed"""
+    return Pressure(MigrateConfig('a', 'b', 1 * GIB), 320 * MIB,
+                    90 * MIB if outcome else None, outcome)
+
+
+class JudgePressure(unittest.TestCase):
+    def setUp(self):
+        said = []
+        self.addCleanup(setattr, demo, 'say', demo.say)
+        demo.say = said.append
+
+    def judge(self, **outcomes) -> int:
+        return demo.judge_pressure({name: pressure(outcome) for name, outcome
+                                    in outcomes.items()})
+
+    def test_only_stock_may_be_killed(self):
+        self.assertEqual(self.judge(patched=result(0, 0), stock=None), 0)
+        self.assertEqual(self.judge(patched=None, stock=None), 1)
+
+    def test_different_ram_is_never_right(self):
+        self.assertEqual(self.judge(patched=result(0, 0, differing=1)), 1)
+
+    def test_not_to_be_had(self):
+        self.assertEqual(self.judge(), 0)
+
+    def test_table(self):
+        table = report.pressure_table({
+            'patched': pressure(result(0, 0)), 'stock': pressure(None)})
+        self.assertRegex(table, 'patched +1 GiB +320 +90 +has all +yes')
+        self.assertRegex(table,
+                         'stock +1 GiB +320 +none +killed by the kernel +n/a')
 
 
 class Report(unittest.TestCase):
