@@ -86,6 +86,11 @@ fuzz-ram: qemu ## The same with libFuzzer and sanitizers, in another build (FUZZ
 bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)
 	@$(PYTHON) scripts/bench.py $(BENCH_ARGS)
 
+.PHONY: plot
+plot: qemu stock ## Measure and draw the figures in docs/ (PLOT_ARGS=--draw only draws them)
+	@scripts/deps gnuplot-nox fonts-dejavu-core
+	@$(PYTHON) scripts/plot.py $(PLOT_ARGS)
+
 .PHONY: mail
 mail: source ## Write the series as complete patches, to be mailed, to build/10.0/mail/
 	@scripts/format-series $(FORMAT_PATCH)
