@@ -32,20 +32,22 @@ from sparseram.memory import GIB, MIB, format_size
 from sparseram.operation import (MeasureConfig, Operation, OverTcp, Session,
                                  Times, measure)
 
-DIRECTORY = os.path.join(ROOT, 'docs/devel/migration')
+# Not docs/devel, which becomes QEMU's with the series
+DIRECTORY = os.path.join(ROOT, 'docs/figures')
 
 # Of what is made
 LICENCE = 'SPDX-License-Identifier: GPL-2.0-or-later'
 
 DATA = 64 * MIB                 # scattered over all of RAM
 SMALLEST = 1 * GIB
+# Of each point, in rounds, so that a busy minute does not spoil one of them
 RUNS = 3
 # What takes longer is measured once
-SLOW = 20.0                     # seconds
+SLOW = 30.0                     # seconds
 
 RSS_INTERVAL = 0.01             # seconds between two looks at RSS
 RSS_LEAD = 0.5                  # seconds of looking before the migration
-RSS_TAIL = 0.5                  # and after it
+RSS_TAIL = 0.5                  # and after it, at least
 
 # How to draw a series, by the columns after its name
 _TIME_LINE = 'using 1:4:3:5 with yerrorlines lw 2 pt 7 ps 0.6'
@@ -216,8 +218,10 @@ class Watched:
     loads = True
     must_have_run = False
 
-    def __init__(self, operation: Operation):
+    def __init__(self, operation: Operation, seconds: float = 0):
+        """seconds: to look for, at least"""
         self._operation = operation
+        self._seconds = seconds
         self.samples: List[Tuple[float, int, int]] = []
 
     def file_size(self, size: int) -> int:
@@ -242,7 +246,8 @@ class Watched:
         try:
             time.sleep(RSS_LEAD)
             times = self._operation.run(session)
-            time.sleep(RSS_TAIL)
+            time.sleep(max(RSS_TAIL, began + self._seconds
+                           - time.monotonic()))
         finally:
             stop.set()
             thread.join()
@@ -310,28 +315,33 @@ class Plotter:
 
     def measure_times(self) -> None:
         """How long it takes at each size."""
-        rows: List[List[object]] = []
-        for series, largest in ((STOCK, self._largest_full),
-                                (PATCHED, self._largest),
-                                (SPARSE_RAM, self._largest)):
-            for size in sizes(largest):
-                times = [self._measure(OverTcp(), series, size)]
-                while len(times) < RUNS and max(times) < SLOW:
+        points: Dict[Tuple[Series, int], List[float]] = {
+            (series, size): []
+            for series, largest in ((STOCK, self._largest_full),
+                                    (PATCHED, self._largest),
+                                    (SPARSE_RAM, self._largest))
+            for size in sizes(largest)}
+        for _ in range(RUNS):
+            for (series, size), times in points.items():
+                if not times or max(times) < SLOW:
                     times.append(self._measure(OverTcp(), series, size))
-                rows.append([series[0], size // GIB, len(times), min(times),
-                             statistics.median(times), max(times)])
+        rows = [(series[0], size // GIB, len(times), min(times),
+                 statistics.median(times), max(times))
+                for (series, size), times in points.items()]
         self._time.write(rows, self._comments(
             f'{format_size(SMALLEST)} to {format_size(self._largest)}'))
 
     def measure_rss(self) -> None:
         """What both sides have while it goes on."""
-        rows: List[List[object]] = []
+        rows: List[Sequence[object]] = []
+        seconds = 0.0
         for series in (STOCK, PATCHED):
-            watched = Watched(OverTcp())
+            watched = Watched(OverTcp(), seconds)
             self._measure(watched, series, self._largest_full)
             for side, name in ((1, 'source'), (2, 'destination')):
                 rows += [[f'{series[0]}, {name}', *point]
                          for point in thin(watched.samples, side)]
+            seconds = watched.samples[-1][0]
         self._rss.write(rows, self._comments(format_size(self._largest_full)))
 
     def _comments(self, size: str) -> List[str]:
