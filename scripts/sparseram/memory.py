@@ -607,14 +607,18 @@ EXTENT = 64 * KIB
 
 
 def scatter(ram: GuestRam, amount: int) -> int:
-    """Spread data evenly over RAM, in extents of EXTENT; returns how much.
+    """Spread data over RAM, in extents of EXTENT; returns how much.
 
-    Page for page it is the data that fill() puts into RAM of that size.
+    Page for page it is the data that fill() puts into RAM of that size.  The
+    extents are somewhere in parts of RAM of the same size, always at the same
+    places.  At the start of each part, they could all lie across the border of
+    two page tables.
     """
     count = amount // EXTENT
     if amount % EXTENT or not 0 < amount <= ram.size:
         raise ValueError(f'{amount} bytes in {ram.size} bytes of RAM')
     distance = ram.size // count // PAGE_SIZE * PAGE_SIZE
+    places = random.Random(0)
     block = bytearray(random.Random(0).randbytes(_FILL_BLOCK))
     per_block = _FILL_BLOCK // EXTENT
     written = 0
@@ -625,8 +629,10 @@ def scatter(ram: GuestRam, amount: int) -> int:
                                         1 + first * EXTENT // PAGE_SIZE))
             for number in range(first, min(first + per_block, count)):
                 at = (number - first) * EXTENT
+                where = (number * distance +
+                         places.randrange(distance // EXTENT) * EXTENT)
                 written += _pwrite_all(fd, view[at:at + EXTENT],
-                                       ram.base + number * distance)
+                                       ram.base + where)
     finally:
         os.close(fd)
     return written
