@@ -90,6 +90,12 @@ static GString *ram_load_cmdline(FuzzTarget *t)
 static void ram_load_pre_fuzz(QTestState *s)
 {
     MemoryRegion *anon = g_new0(MemoryRegion, 1);
+    sigset_t alarm;
+
+    /* QEMU blocks it, and libFuzzer needs it to find out about hangs */
+    sigemptyset(&alarm);
+    sigaddset(&alarm, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &alarm, NULL);
 
     memory_region_init_ram(anon, NULL, "fuzz.anon", ANON_SIZE, &error_abort);
     memory_region_init_resizeable_ram(&resizeable, NULL, "fuzz.resizeable",
@@ -151,10 +157,13 @@ static bool postcopy_advise(MigrationIncomingState *mis)
 /* What MIG_CMD_POSTCOPY_LISTEN does, but for the thread */
 static void postcopy_listen(MigrationIncomingState *mis)
 {
+    g_autoptr(QIOChannelBuffer) return_path = qio_channel_buffer_new(0);
+
     g_assert(postcopy_ram_prepare_discard(mis) == 0);
     postcopy_state_set(POSTCOPY_INCOMING_LISTENING);
     /* It may still be set from the input before */
     mis->fault_thread_quit = false;
+    mis->to_src_file = qemu_file_new_output(QIO_CHANNEL(return_path));
     g_assert(postcopy_ram_incoming_setup(mis) == 0);
 }
 
@@ -162,6 +171,8 @@ static void postcopy_end(MigrationIncomingState *mis)
 {
     if (postcopy_state_get() == POSTCOPY_INCOMING_LISTENING) {
         g_assert(postcopy_ram_incoming_cleanup(mis) == 0);
+        qemu_fclose(mis->to_src_file);
+        mis->to_src_file = NULL;
     }
     postcopy_state_set(POSTCOPY_INCOMING_NONE);
 }
