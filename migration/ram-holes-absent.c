@@ -8,7 +8,6 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/memory.h"
 #include "exec/target_page.h"
 #include "migration/misc.h"
 #include "qemu/bitmap.h"
@@ -114,38 +113,6 @@ static void next_populated(RAMBlock *rb, const SparseRange *range,
     }
 }
 
-static void zero_absent_range(const AbsentPages *pages, uint64_t offset,
-                              uint64_t length)
-{
-    RAMBlock *rb = pages->rb;
-    SparseRange todo = {
-        .start = rb->fd_offset + offset,
-        .end = rb->fd_offset + offset + length,
-    };
-
-    if (ram_block_holes_known(rb) &&
-        rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
-        zero_absent_hugetlb(pages, &todo);
-        return;
-    }
-    while (!sparse_range_is_empty(&todo)) {
-        SparseRange populated;
-
-        next_populated(rb, &todo, &populated);
-        if (!sparse_range_is_empty(&populated)) {
-            zero_absent(pages, &populated);
-        }
-        todo.start = populated.end;
-    }
-}
-
-static int zero_absent_section(MemoryRegionSection *section, void *opaque)
-{
-    zero_absent_range(opaque, section->offset_within_region,
-                      int128_get64(section->size));
-    return 0;
-}
-
 void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
                            uint64_t npages)
 {
@@ -155,21 +122,30 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
         .present = present,
         .npages = MIN(npages, rb->used_length / size),
     };
+    SparseRange todo = {
+        .start = rb->fd_offset,
+        .end = rb->fd_offset + pages.npages * size,
+    };
 
     if (migrate_ram_is_ignored(rb)) {
         return;
     }
-    if (rb->mr && memory_region_has_ram_discard_manager(rb->mr)) {
-        RamDiscardManager *rdm = memory_region_get_ram_discard_manager(rb->mr);
-        MemoryRegionSection section = {
-            .mr = rb->mr,
-            .offset_within_region = 0,
-            .size = int128_make64(pages.npages * size),
-        };
+    /*
+     * Of virtio-mem it is not known yet what is plugged, because that comes
+     * later in the file.  It discards the rest when it has been loaded.
+     */
+    if (ram_block_holes_known(rb) &&
+        rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
+        zero_absent_hugetlb(&pages, &todo);
+        return;
+    }
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange populated;
 
-        ram_discard_manager_replay_populated(rdm, &section,
-                                             zero_absent_section, &pages);
-    } else {
-        zero_absent_range(&pages, 0, pages.npages * size);
+        next_populated(rb, &todo, &populated);
+        if (!sparse_range_is_empty(&populated)) {
+            zero_absent(&pages, &populated);
+        }
+        todo.start = populated.end;
     }
 }
