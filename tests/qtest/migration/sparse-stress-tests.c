@@ -389,17 +389,6 @@ static void populate_zeroes(const StressTest *test, QTestState *from)
     guest_ram_close(&ram);
 }
 
-/* A first round that is over at once, while the guest writes everywhere */
-static void first_round_of_runs(const StressTest *test, QTestState *from)
-{
-    int64_t start = g_get_monotonic_time();
-
-    while (syncs(from) < 2) {
-        check_timeout(start, "the first round");
-    }
-    g_assert(is_active(from));
-}
-
 /*
  * Only to a part of the pages: a page that has been lost is not to be written
  * again, and thereby to be sent again.
@@ -416,6 +405,27 @@ static void fast_rounds(const StressTest *test, QTestState *from)
     while (syncs(from) < goal && is_active(from)) {
         check_timeout(start, "the dirty bitmap to be synced");
         g_usleep(10000);
+    }
+}
+
+/*
+ * Rounds that take no time, while the guest writes everywhere.  Nothing is
+ * written to its parameters here, because the migration may end at any time.
+ */
+static void rounds_of_runs(const StressTest *test, QTestState *from)
+{
+    int64_t start = g_get_monotonic_time();
+
+    /*
+     * The guest's code and table are enough to stop the first round.  A round
+     * that is over before QEMU has looked at the threshold would be the last.
+     */
+    g_usleep(3 * RATE_LIMIT_PERIOD);
+    set_bandwidth(from, FAST_BANDWIDTH);
+    while (syncs(from) < test->fast_syncs && is_active(from)) {
+        check_timeout(start, "the dirty bitmap to be synced");
+        /* Zero pages, so that there is something to send at each time */
+        qtest_memset(from, SCRATCH_BASE, 0, 4 * MiB);
     }
 }
 
@@ -495,19 +505,18 @@ static void test_stress(const void *opaque)
     if (test->mode == STRESS_RUNS) {
         write_parameter(from, SPARSE_WRITER_PAGES, writer_pages(test));
         write_parameter(from, SPARSE_WRITER_TURN, WRITER_TURN_FAST);
-    } else {
-        set_bandwidth(from, SLOW_BANDWIDTH);
     }
+    set_bandwidth(from, SLOW_BANDWIDTH);
     migrate_set_parameter_int(from, "downtime-limit", 1000);
     set_threshold(from, 0);
     migrate_qmp(from, to, NULL, NULL, "{}");
 
     if (test->mode == STRESS_RUNS) {
-        first_round_of_runs(test, from);
+        rounds_of_runs(test, from);
     } else {
         slow_round(test, from);
+        fast_rounds(test, from);
     }
-    fast_rounds(test, from);
     migrate_ensure_converge(from);
     set_threshold(from, 1 * GiB);
     wait_for_migration_complete(from);
