@@ -15,6 +15,7 @@
 #include "qapi/qapi-types-migration.h"
 #include "qemu/madvise.h"
 #include "qemu/populated-memory.h"
+#include "migration.h"
 #include "options.h"
 #include "ram-holes.h"
 #include "trace.h"
@@ -261,14 +262,29 @@ static void zero_private(RAMBlock *rb, const SparseRange *range)
     }
 }
 
-/*
- * If postcopy is possible, a page that has been received must be populated when
- * userfaultfd gets registered: an access to a hole would wait for the page, and
- * a page that has been received already is never asked for again.
- */
-static bool must_populate(void)
+/* A vhost-user backend has page faults of its own, that QEMU has to answer */
+static bool faults_are_shared(void)
 {
-    return migrate_postcopy_ram();
+    const MigrationIncomingState *mis = migration_incoming_get_current();
+
+    return mis->postcopy_remote_fds && mis->postcopy_remote_fds->len;
+}
+
+bool ram_block_may_leave_holes(const RAMBlock *rb)
+{
+    if (!migrate_postcopy_ram()) {
+        return ram_block_holes_known(rb) ||
+               ram_block_is_shared_anonymous(rb) ||
+               ram_block_is_private_known(rb);
+    }
+    /*
+     * Until postcopy ends, an access to a hole waits until somebody places the
+     * page, and nobody does if the holes are not known.  Backends ask for pages
+     * even after the thread that answers them has ended.  And postcopy has
+     * punched all memory, even what the user asked to be there.
+     */
+    return ram_block_holes_known(rb) && !rb->holes->keep_populated &&
+           !faults_are_shared();
 }
 
 void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
@@ -278,17 +294,18 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
         .end = rb->fd_offset + offset + length,
     };
 
-    if (ram_block_holes_known(rb) && !must_populate()) {
+    if (!ram_block_may_leave_holes(rb)) {
+        zero_clear(rb, &range);
+    } else if (ram_block_holes_known(rb)) {
         if (rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
             zero_hugetlb(rb, range);
         } else {
             zero_shmem(rb, range);
         }
-    } else if (ram_block_is_shared_anonymous(rb) && ram_block_may_punch(rb) &&
-               !must_populate()) {
-        zero_shared_anonymous(rb, &range);
-    } else if (ram_block_is_private_known(rb) && !must_populate()) {
+    } else if (ram_block_is_private_known(rb)) {
         zero_private(rb, &range);
+    } else if (ram_block_may_punch(rb)) {
+        zero_shared_anonymous(rb, &range);
     } else {
         zero_clear(rb, &range);
     }
@@ -315,9 +332,8 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
          * Clearing page by page keeps step with the stream.  To clear a long
          * run at its end would let the source wait.
          */
-        run->gather = !must_populate() &&
-            (ram_block_holes_known(rb) || ram_block_is_shared_anonymous(rb) ||
-             gather_private(run, rb));
+        run->gather = ram_block_may_leave_holes(rb) &&
+            (!ram_block_is_private_known(rb) || gather_private(run, rb));
     }
     if (!run->gather) {
         ram_handle_zero(rb, offset, length);

@@ -126,6 +126,25 @@ void ram_block_holes_failed(RAMBlock *rb, RAMHolesOperation operation,
                             int err);
 
 /**
+ * RAMHoleCache: what the kernel said last about a block
+ *
+ * Two extents that follow each other: a hole, and data behind it.  To be
+ * initialized with all zeroes, and used by one thread.
+ */
+typedef struct RAMHoleCache {
+    RAMBlock *rb;
+    SparseRange hole;
+    SparseRange data;
+} RAMHoleCache;
+
+/**
+ * ram_block_may_leave_holes: whether a zero page that arrives may be a hole
+ *
+ * If not, it has to be populated.
+ */
+bool ram_block_may_leave_holes(const RAMBlock *rb);
+
+/**
  * ram_handle_zero: make a part of a block read as zero on the destination
  *
  * Holes are left alone, populated pages are punched where the block allows it,
@@ -153,6 +172,52 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length);
  */
 int ram_next_populated_private(const RAMBlock *rb, const SparseRange *within,
                                SparseRange *populated);
+
+/**
+ * ram_handle_zero_postcopy: the same once userfaultfd is registered
+ *
+ * Of a block that may have holes, only those pages are placed that somebody is
+ * waiting for.  All of them are marked as received.
+ *
+ * @mis: the incoming migration
+ * @cache: what the kernel said before; one for each thread that loads pages
+ * @rb: the block
+ * @offset: offset in the block, in bytes
+ * @length: length in bytes; like @offset a multiple of the block's page size
+ *
+ * Returns 0 for success, a negative value if a page could not be placed, with
+ * an error reported.
+ */
+int ram_handle_zero_postcopy(MigrationIncomingState *mis, RAMHoleCache *cache,
+                             RAMBlock *rb, ram_addr_t offset, uint64_t length);
+
+/**
+ * ram_handle_zero_fault: answer a fault on a page that has been received
+ *
+ * Places a zero page if the page is a hole, and wakes up whoever is waiting
+ * for it.  Whether it is a hole is left to userfaultfd, which never replaces
+ * what is there.
+ *
+ * @mis: the incoming migration
+ * @rb: the block
+ * @offset: offset of the page in the block, a multiple of the block's page
+ *          size
+ *
+ * Returns 1 if the page was placed, 0 if it was there already, or a negative
+ * errno value if there is no memory for it, with an error reported the first
+ * time; whoever is waiting goes on waiting then.
+ */
+int ram_handle_zero_fault(MigrationIncomingState *mis, RAMBlock *rb,
+                          ram_addr_t offset);
+
+/**
+ * ram_block_holes_prepare_postcopy: before userfaultfd is registered
+ *
+ * To be called when postcopy has discarded what is not to be kept.  Makes sure
+ * that the huge pages that are holes can be allocated one day, or else that
+ * they are allocated now.
+ */
+void ram_block_holes_prepare_postcopy(RAMBlock *rb);
 
 /**
  * ram_clear_memory: zero memory that may or may not be zero already
@@ -207,7 +272,7 @@ void ram_zero_run_flush(RAMZeroRun *run);
  * For mapped-ram.  To be called before the pages that the file does have are
  * read into place.  Asks the kernel about all of the block at once: of a block
  * with little in it, holes and what is not populated cost next to nothing.
- * Leaves alone what is not migrated, and what virtio-mem has unplugged.
+ * Leaves alone what is not migrated.
  *
  * @rb: the block
  * @present: a bit for each target page from the start of the block; those that
@@ -227,18 +292,6 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
  * @offset: offset of the huge page in the block, in bytes
  */
 bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset);
-
-/**
- * RAMHoleCache: what the kernel said last about a block on the source
- *
- * Two extents that follow each other: a hole, and data behind it.  To be
- * initialized with all zeroes, and used by one thread.
- */
-typedef struct RAMHoleCache {
-    RAMBlock *rb;
-    SparseRange hole;
-    SparseRange data;
-} RAMHoleCache;
 
 /* Forget everything. */
 void ram_hole_cache_reset(RAMHoleCache *cache);
@@ -271,9 +324,9 @@ bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
  * ram_page_is_hole_precopy: the same for the thread that searches dirty pages
  *
  * Knows what may be remembered.  To be called after
- * migration_bitmap_clear_dirty() for the page, and, unless the guest is stopped,
- * with the bitmap_mutex held; the cache has to be reset, with the same mutex
- * held, whenever a sync has moved dirty bits to the migration bitmap.
+ * migration_bitmap_clear_dirty() for the page, and, unless the guest is
+ * stopped, with the bitmap_mutex held; the cache has to be reset, with the same
+ * mutex held, whenever a sync has moved dirty bits to the migration bitmap.
  */
 static inline bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
                                             ram_addr_t offset)

@@ -96,10 +96,10 @@ DESTINATION_STAYS = AtMost('destination_growth', 16 * MIB)
 SOURCE_TABLES = AtMost('source_page_tables', 1 * MIB, strict=True)
 DESTINATION_TABLES = AtMost('destination_page_tables', 1 * MIB, strict=True)
 
-# Of what only reads RAM; of what also sends it; of a precopy migration
+# Of what only reads RAM; of what also sends it; of what also loads it
 _READS = (SOURCE_STAYS, SOURCE_TABLES)
 _MIGRATES = (*_READS, DESTINATION_TABLES, HolesAreRight())
-_PRECOPY = (*_MIGRATES, DESTINATION_STAYS)
+_LOADS = (*_MIGRATES, DESTINATION_STAYS)
 
 
 def _growth(name: str, what: str, operation: Operation,
@@ -117,32 +117,32 @@ _MAPPED_RAM_MULTIFD = ('mapped-ram', 'multifd')
 
 # Of an idle guest
 GROWTH: Tuple[Row, ...] = (
-    _growth('precopy', 'precopy over tcp', OverTcp(), _PRECOPY),
+    _growth('precopy', 'precopy over tcp', OverTcp(), _LOADS),
     _growth('xbzrle', 'precopy over tcp, xbzrle', OverTcp(('xbzrle',)),
-            _PRECOPY),
+            _LOADS),
     _growth('multifd', 'multifd, zero-page-detection=multifd',
             OverTcp(('multifd',), {'zero-page-detection': 'multifd'}),
-            _PRECOPY),
+            _LOADS),
     _growth('multifd-legacy', 'multifd, zero-page-detection=legacy',
             OverTcp(('multifd',), {'zero-page-detection': 'legacy'}),
-            _PRECOPY),
+            _LOADS),
     # Every page is sent as data, so that the destination has to fill up
     _growth('multifd-none', 'multifd, zero-page-detection=none',
             OverTcp(('multifd',), {'zero-page-detection': 'none'}), _READS),
     _growth('postcopy', 'postcopy at once',
-            OverTcp(('postcopy-ram',), postcopy=True), _MIGRATES),
+            OverTcp(('postcopy-ram',), postcopy=True), _LOADS),
     _growth('postcopy-preempt', 'postcopy at once, postcopy-preempt',
             OverTcp(('postcopy-ram', 'postcopy-preempt'), postcopy=True),
-            _MIGRATES),
-    _growth('file', 'to a file', ToFile(), _PRECOPY),
+            _LOADS),
+    _growth('file', 'to a file', ToFile(), _LOADS),
     _growth('mapped-ram', 'to a file, mapped-ram', ToFile(_MAPPED_RAM),
-            _PRECOPY),
+            _LOADS),
     _growth('mapped-ram-multifd', 'to a file, mapped-ram, multifd',
-            ToFile(_MAPPED_RAM_MULTIFD), _PRECOPY),
+            ToFile(_MAPPED_RAM_MULTIFD), _LOADS),
     _growth('mapped-ram-direct-io',
             'to a file, mapped-ram, multifd, direct-io',
             ToFile(_MAPPED_RAM_MULTIFD, parameters={'direct-io': True}),
-            _PRECOPY, needs_direct_io=True),
+            _LOADS, needs_direct_io=True),
     _growth('background-snapshot', 'to a file, background-snapshot',
             ToFile(saving=('background-snapshot',)), _MIGRATES),
     # What savevm writes and loadvm reads is the guest's own RAM
@@ -155,13 +155,13 @@ GROWTH: Tuple[Row, ...] = (
     _growth('dirty-rate', 'calc-dirty-rate, page-sampling, 4096 pages a GiB',
             DirtyRate(4096), _READS),
     _growth('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages',
-            OverTcp(), _PRECOPY, 'memfd-hugetlb', largest=2 * GIB,
+            OverTcp(), _LOADS, 'memfd-hugetlb', largest=2 * GIB,
             why='huge pages are few'),
     # The source of a private mapping is read, and so fills the file
     _growth('private', 'precopy over tcp, memfd share=off', OverTcp(),
             (DESTINATION_STAYS, DESTINATION_TABLES), 'memfd-private'),
     _growth('shm-file', 'precopy over tcp, memory-backend-file on /dev/shm',
-            OverTcp(), _PRECOPY, 'shm-file'),
+            OverTcp(), _LOADS, 'shm-file'),
     _growth('anonymous', 'precopy over tcp, memory-backend-ram', OverTcp(),
             (), 'anonymous'),
     _growth('anonymous-multifd', 'multifd, memory-backend-ram',
@@ -211,7 +211,7 @@ def _sparse_ram(name: str, baseline: Variant, size: int,
                 seconds: float) -> Row:
     return Row(name, f'precopy over tcp, sparse-ram, {format_size(size)}',
                OverTcp(), baseline, _with_sparse_ram(size),
-               targets=(AtMost('total_time', seconds), *_PRECOPY, *_LEAN))
+               targets=(AtMost('total_time', seconds), *_LOADS, *_LEAN))
 
 
 # The sizes do not depend on the memory that there is: nothing fills up

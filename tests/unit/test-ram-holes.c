@@ -12,6 +12,8 @@
 #include <linux/filter.h>
 #include <linux/memfd.h>
 #include <linux/seccomp.h>
+#include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -21,12 +23,17 @@
 #include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
+#include "qemu/atomic.h"
 #include "qemu/bitmap.h"
 #include "qemu/error-report.h"
 #include "qemu/units.h"
+#include "qemu/userfaultfd.h"
 #include "qom/object.h"
 #include "system/system.h"
+#include "../../migration/migration.h"
 #include "../../migration/options.h"
+#include "../../migration/postcopy-ram.h"
+#include "../../migration/ram.h"
 #include "../../migration/ram-holes.h"
 
 #define TARGET_PAGE (4 * KiB)
@@ -42,11 +49,14 @@ static struct {
     bool postcopy;
     bool discard_disabled;
     RamDiscardManager *rdm;
-    /* The only part of the block that is plugged, if there is an rdm */
-    SparseRange plugged;
     bool ignored;
     RAMBlock *rb;
+    /* How often a zero page was placed, and the last one */
+    unsigned placed;
+    void *placed_at;
 } machine;
+
+static MigrationIncomingState incoming;
 
 RAMList ram_list;
 MlockState mlock_state;
@@ -69,6 +79,34 @@ bool migrate_rdma(void)
 bool migrate_postcopy_ram(void)
 {
     return machine.postcopy;
+}
+
+MigrationIncomingState *migration_incoming_get_current(void)
+{
+    return &incoming;
+}
+
+size_t qemu_ram_pagesize(RAMBlock *rb)
+{
+    return rb->page_size;
+}
+
+void ramblock_recv_bitmap_set_range(RAMBlock *rb, void *host_addr, size_t nr)
+{
+    bitmap_set(rb->receivedmap,
+               (host_addr - (void *)rb->host) / TARGET_PAGE, nr);
+}
+
+int postcopy_place_page_zero(MigrationIncomingState *mis, void *host,
+                             RAMBlock *rb)
+{
+    machine.placed++;
+    machine.placed_at = host;
+    ramblock_recv_bitmap_set_range(rb, host, rb->page_size / TARGET_PAGE);
+    if (g_tree_remove(mis->page_requested, host)) {
+        mis->page_requested_count--;
+    }
+    return 0;
 }
 
 bool migrate_ram_is_ignored(RAMBlock *rb)
@@ -99,19 +137,6 @@ Object *memory_region_owner(MemoryRegion *mr)
 RamDiscardManager *memory_region_get_ram_discard_manager(MemoryRegion *mr)
 {
     return machine.rdm;
-}
-
-int ram_discard_manager_replay_populated(const RamDiscardManager *rdm,
-                                         MemoryRegionSection *section,
-                                         ReplayRamPopulate replay_fn,
-                                         void *opaque)
-{
-    MemoryRegionSection plugged = *section;
-
-    g_assert_cmpint(section->offset_within_region, ==, 0);
-    plugged.offset_within_region = machine.plugged.start;
-    plugged.size = int128_make64(sparse_range_length(&machine.plugged));
-    return replay_fn(&plugged, opaque);
 }
 
 RAMBlock *qemu_ram_block_from_host(void *ptr, bool round_offset,
@@ -207,6 +232,13 @@ static void fill_pages(TestBlock *block, unsigned first, unsigned last)
 {
     memset(block->rb.host + first * TARGET_PAGE, DATA,
            (last - first + 1) * TARGET_PAGE);
+}
+
+static void ram_block_discard_all(TestBlock *block)
+{
+    g_assert_no_errno(fallocate(block->rb.fd,
+                                FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                block->rb.fd_offset, block->rb.max_length));
 }
 
 static void zero_pages(TestBlock *block, unsigned first, unsigned last)
@@ -561,21 +593,265 @@ static void add_refusals(void)
     }
 }
 
-/*
- * A page that has been received is never asked for again, so it must not be
- * missing when userfaultfd is registered.
- */
-static void test_postcopy(void)
+/* Postcopy */
+
+static gint compare_addresses(gconstpointer a, gconstpointer b)
+{
+    return ((uintptr_t)a > (uintptr_t)b) - ((uintptr_t)a < (uintptr_t)b);
+}
+
+static void postcopy_init(TestBlock *block)
+{
+    machine.postcopy = true;
+    test_block_init(block);
+    block->rb.postcopy_length = BLOCK_SIZE;
+    block->rb.receivedmap = bitmap_new(BLOCK_SIZE / TARGET_PAGE);
+    incoming.page_requested = g_tree_new(compare_addresses);
+    incoming.page_requested_count = 0;
+    incoming.postcopy_remote_fds = g_array_new(false, false, 1);
+    incoming.postcopy_tmp_zero_page = (void *)ram_zero_page();
+    incoming.userfault_fd = -1;
+    qemu_mutex_init(&incoming.page_request_mutex);
+}
+
+static void postcopy_destroy(TestBlock *block)
+{
+    qemu_mutex_destroy(&incoming.page_request_mutex);
+    g_array_free(incoming.postcopy_remote_fds, true);
+    incoming.postcopy_remote_fds = NULL;
+    g_tree_destroy(incoming.page_requested);
+    g_free(block->rb.receivedmap);
+    test_block_destroy(block);
+}
+
+/* Somebody waits for this page, or for an address that is no page of ours */
+static void request_page(TestBlock *block, int64_t page)
+{
+    g_tree_insert(incoming.page_requested,
+                  block->rb.host + page * TARGET_PAGE, (void *)1);
+    incoming.page_requested_count++;
+}
+
+static void zero_pages_postcopy(TestBlock *block, unsigned first,
+                                unsigned last)
+{
+    RAMHoleCache cache = { };
+
+    g_assert_cmpint(ram_handle_zero_postcopy(&incoming, &cache, &block->rb,
+                                             first * TARGET_PAGE,
+                                             (last - first + 1) * TARGET_PAGE),
+                    ==, 0);
+}
+
+/* Pages @first to @last have been received, and no others */
+static void assert_received(TestBlock *block, unsigned first, unsigned last)
+{
+    uint64_t pages = BLOCK_SIZE / TARGET_PAGE;
+
+    g_assert_cmpint(find_first_bit(block->rb.receivedmap, pages), ==, first);
+    g_assert_cmpint(find_next_zero_bit(block->rb.receivedmap, pages, first),
+                    ==, last + 1);
+    g_assert_cmpint(find_next_bit(block->rb.receivedmap, pages, last + 1),
+                    ==, pages);
+}
+
+/* Before userfaultfd is registered nothing is different */
+static void test_postcopy_precopy_phase(void)
 {
     TestBlock block;
-    RAMZeroRun run = { };
 
-    machine.postcopy = true;
-    test_block_init(&block);
+    postcopy_init(&block);
+    g_assert_cmpint(zero_half(&block), ==, 4);
+    postcopy_destroy(&block);
+}
+
+static void test_postcopy_nobody_waits(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    zero_pages_postcopy(&block, 8, 8);
+    zero_pages_postcopy(&block, 9, 40);
+    assert_received(&block, 8, 40);
+    g_assert_cmpint(machine.placed, ==, 0);
+    g_assert_cmpint(allocated_pages(&block), ==, 0);
+    postcopy_destroy(&block);
+}
+
+static void test_postcopy_requested(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    /* At both ends of what arrives, in the middle, and next to it */
+    request_page(&block, -3);
+    request_page(&block, 7);
+    request_page(&block, 8);
+    request_page(&block, 20);
+    request_page(&block, 40);
+    request_page(&block, 41);
+    request_page(&block, 100);
+
+    zero_pages_postcopy(&block, 8, 40);
+    assert_received(&block, 8, 40);
+    g_assert_cmpint(machine.placed, ==, 3);
+    g_assert_true(machine.placed_at == block.rb.host + 40 * TARGET_PAGE);
+    g_assert_cmpint(incoming.page_requested_count, ==, 4);
+
+    zero_pages_postcopy(&block, 41, 41);
+    g_assert_cmpint(machine.placed, ==, 4);
+    g_assert_cmpint(allocated_pages(&block), ==, 0);
+    postcopy_destroy(&block);
+}
+
+/* Whatever may not be left a hole is placed, page by page. */
+static void assert_all_placed(TestBlock *block)
+{
+    zero_pages_postcopy(block, 8, 40);
+    assert_received(block, 8, 40);
+    g_assert_cmpint(machine.placed, ==, 33);
+}
+
+static void test_postcopy_shared_faults(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    g_array_set_size(incoming.postcopy_remote_fds, 1);
+    /* In precopy as well: the holes would still be there */
     g_assert_cmpint(zero_half(&block), ==, 12);
-    ram_zero_run_add(&run, &block.rb, 0, TARGET_PAGE);
-    g_assert_cmpint(allocated_pages(&block), ==, 13);
-    test_block_destroy(&block);
+    ram_block_discard_all(&block);
+    assert_all_placed(&block);
+    postcopy_destroy(&block);
+}
+
+static void test_postcopy_keep_populated(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    block.holes.keep_populated = true;
+    g_assert_cmpint(zero_half(&block), ==, 12);
+    ram_block_discard_all(&block);
+    assert_all_placed(&block);
+    postcopy_destroy(&block);
+}
+
+static void test_postcopy_holes_unknown(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    block.holes.failed = RAM_HOLES_FIND;
+    assert_all_placed(&block);
+    postcopy_destroy(&block);
+}
+
+/*
+ * One page should be a hole, but is not.  To place it will fail, which is better
+ * than to take what is there.  That is no reason to allocate the others.
+ */
+static void test_postcopy_not_a_hole(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    fill_pages(&block, 30, 30);
+    zero_pages_postcopy(&block, 8, 40);
+    assert_received(&block, 8, 40);
+    g_assert_cmpint(machine.placed, ==, 1);
+    g_assert_true(machine.placed_at == block.rb.host + 30 * TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(&block), ==, 1);
+    postcopy_destroy(&block);
+}
+
+static void *read_byte(void *opaque)
+{
+    return (void *)(uintptr_t)qatomic_read((uint8_t *)opaque);
+}
+
+static bool register_userfaultfd(TestBlock *block)
+{
+    uint64_t features;
+
+    incoming.userfault_fd = uffd_create_fd(0, true);
+    return incoming.userfault_fd >= 0 &&
+           uffd_query_features(&features) == 0 &&
+           uffd_register_memory(incoming.userfault_fd, block->rb.host,
+                                BLOCK_SIZE, UFFDIO_REGISTER_MODE_MISSING,
+                                NULL) == 0;
+}
+
+static void wait_for_fault(void)
+{
+    struct pollfd pfd = { .fd = incoming.userfault_fd, .events = POLLIN };
+    struct uffd_msg msg;
+
+    g_assert_cmpint(poll(&pfd, 1, 10000), ==, 1);
+    g_assert_cmpint(uffd_read_events(incoming.userfault_fd, &msg, 1), ==, 1);
+    g_assert_cmpint(msg.event, ==, UFFD_EVENT_PAGEFAULT);
+}
+
+/* With the real thing: whoever reads a hole gets a zero, and soon. */
+static void test_postcopy_fault(void)
+{
+    TestBlock block;
+    GThread *reader;
+
+    postcopy_init(&block);
+    if (!register_userfaultfd(&block)) {
+        g_test_skip("userfaultfd is not available");
+        goto out;
+    }
+    zero_pages_postcopy(&block, 8, 40);
+
+    reader = g_thread_new("reader", read_byte,
+                          block.rb.host + 20 * TARGET_PAGE);
+    wait_for_fault();
+    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block.rb,
+                                          20 * TARGET_PAGE), ==, 1);
+    g_assert_true(g_thread_join(reader) == NULL);
+    g_assert_cmpint(allocated_pages(&block), ==, 1);
+
+    /* Data that is there already stays there */
+    fill_pages(&block, 20, 20);
+    stderr_capture();
+    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block.rb,
+                                          20 * TARGET_PAGE), ==, 0);
+    g_assert_cmpint(stderr_release(), ==, 0);
+    assert_pages(&block, 20, 20, DATA);
+out:
+    if (incoming.userfault_fd >= 0) {
+        close(incoming.userfault_fd);
+    }
+    postcopy_destroy(&block);
+}
+
+/*
+ * Another process has written to the page after the fault.  Nobody but us wakes
+ * up who waits for it.
+ */
+static void test_postcopy_fault_elsewhere(void)
+{
+    TestBlock block;
+    GThread *reader;
+    uint8_t byte = DATA;
+
+    postcopy_init(&block);
+    if (!register_userfaultfd(&block)) {
+        g_test_skip("userfaultfd is not available");
+        goto out;
+    }
+    reader = g_thread_new("reader", read_byte, block.rb.host);
+    wait_for_fault();
+    g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 0), ==, 1);
+    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block.rb, 0), ==, 0);
+    g_assert_true(g_thread_join(reader) == (void *)DATA);
+out:
+    if (incoming.userfault_fd >= 0) {
+        close(incoming.userfault_fd);
+    }
+    postcopy_destroy(&block);
 }
 
 /* The process's own copy of a page must not be taken for the file's hole. */
@@ -885,27 +1161,6 @@ static void test_absent_ignored(void)
     zero_absent(&block, 64);
     g_assert_cmpint(allocated_pages(&block), ==, 16);
     assert_pages(&block, 8, 23, DATA);
-    test_block_destroy(&block);
-}
-
-/* What virtio-mem has not plugged is not for us to look at. */
-static void test_absent_virtio_mem(void)
-{
-    TestBlock block;
-    MemoryRegion mr = { };
-
-    machine.rdm = (RamDiscardManager *)&machine;
-    machine.plugged = (SparseRange) { 10 * TARGET_PAGE, 18 * TARGET_PAGE };
-    test_block_init(&block);
-    block.rb.mr = &mr;
-    ram_block_holes_init(&block.holes, &block.rb);
-    zero_absent(&block, 64);
-    g_assert_cmpint(allocated_pages(&block), ==, 16);
-    assert_pages(&block, 8, 9, DATA);
-    assert_pages(&block, 10, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    assert_pages(&block, 16, 17, 0);
-    assert_pages(&block, 18, 23, DATA);
     test_block_destroy(&block);
 }
 
@@ -1355,7 +1610,22 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/keep/virtio-mem", test_virtio_mem);
     g_test_add_func("/ram-holes/keep/discard-manager",
                     test_other_discard_manager);
-    g_test_add_func("/ram-holes/populate/postcopy", test_postcopy);
+    g_test_add_func("/ram-holes/postcopy/precopy-phase",
+                    test_postcopy_precopy_phase);
+    g_test_add_func("/ram-holes/postcopy/nobody-waits",
+                    test_postcopy_nobody_waits);
+    g_test_add_func("/ram-holes/postcopy/requested", test_postcopy_requested);
+    g_test_add_func("/ram-holes/postcopy/shared-faults",
+                    test_postcopy_shared_faults);
+    g_test_add_func("/ram-holes/postcopy/keep-populated",
+                    test_postcopy_keep_populated);
+    g_test_add_func("/ram-holes/postcopy/holes-unknown",
+                    test_postcopy_holes_unknown);
+    g_test_add_func("/ram-holes/postcopy/not-a-hole",
+                    test_postcopy_not_a_hole);
+    g_test_add_func("/ram-holes/postcopy/fault", test_postcopy_fault);
+    g_test_add_func("/ram-holes/postcopy/fault-elsewhere",
+                    test_postcopy_fault_elsewhere);
     g_test_add_func("/ram-holes/unknown/switched-off", test_switched_off);
     g_test_add_func("/ram-holes/unknown/not-set-up", test_not_set_up);
     g_test_add_func("/ram-holes/unknown/lseek-refused", test_lseek_refused);
@@ -1379,7 +1649,6 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/absent/hugetlb", test_absent_hugetlb);
     g_test_add_func("/ram-holes/absent/switched-off", test_absent_switched_off);
     g_test_add_func("/ram-holes/absent/ignored", test_absent_ignored);
-    g_test_add_func("/ram-holes/absent/virtio-mem", test_absent_virtio_mem);
     g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
     g_test_add_func("/ram-holes/thp", test_thp);
     g_test_add_func("/ram-holes/run", test_run);

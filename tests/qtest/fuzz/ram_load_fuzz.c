@@ -12,8 +12,7 @@
  * memory that has not arrived waits for ever, which libFuzzer takes for a hang.
  *
  * Nothing may crash, whatever the input is, and guest RAM that is a memfd may
- * not grow by more than a page for each record that can be in the input.  (With
- * the capability postcopy-ram, zero pages are populated.)
+ * not grow by more than a page for each record that can be in the input.
  *
  * The machine has three RAMBlocks: "mem0", a memfd, "fuzz.anon", anonymous
  * memory, and "fuzz.resizeable", of which only a part is used.
@@ -218,9 +217,8 @@ static void ram_load_fuzz(QTestState *s, const unsigned char *data, size_t size)
     }
     if (postcopy) {
         postcopy_end(mis);
-    } else {
-        check_allocation(size);
     }
+    check_allocation(size);
     ram_handlers->load_cleanup(ram_opaque);
     qemu_fclose(f);
 }

@@ -61,8 +61,6 @@
 
 typedef struct DeviceMode {
     SparseRoute route;
-    /* Zero pages that arrive are populated on the destination */
-    bool populates_zero;
     /* What DeviceTest.basic is about */
     bool basic;
 } DeviceMode;
@@ -79,7 +77,6 @@ static const DeviceMode device_modes[] = {
             .capabilities = { "postcopy-ram" },
             .postcopy = true,
         },
-        .populates_zero = true,
     },
     { .route = { .name = "file", .file = true } },
     {
@@ -131,12 +128,8 @@ static void check_unchanged(const GuestRam *ram, const GuestRamState *before)
                            0, guest_ram_pages(ram));
 }
 
-/*
- * The pages of which every one is allocated that has data, and, unless
- * @zero_too, no other.
- */
-static void check_allocated(const GuestRam *ram, const uint8_t *kinds,
-                            bool zero_too)
+/* The pages that have data are allocated, and no others */
+static void check_allocated(const GuestRam *ram, const uint8_t *kinds)
 {
     g_autofree unsigned long *pages = guest_ram_allocated_pages(ram);
     g_autofree unsigned long *data = bitmap_new(guest_ram_pages(ram));
@@ -151,7 +144,7 @@ static void check_allocated(const GuestRam *ram, const uint8_t *kinds,
     for (page = 0; page < guest_ram_pages(ram); page++) {
         bool allocated = test_bit(page, pages);
 
-        if (allocated != test_bit(page, data) && !zero_too &&
+        if (allocated != test_bit(page, data) &&
             !guest_ram_unit_has_any(ram, data, page, unit_pages) &&
             bad++ < 10) {
             g_test_message("page %" PRIu64 " (kind %d) is%s allocated", page,
@@ -370,10 +363,7 @@ static void virtio_mem_plugged(const DeviceMode *mode, bool prealloc)
     stray = g_malloc(vmem.src.page_size);
     memset(stray, 0x5a, vmem.src.page_size);
     guest_ram_write_page(&vmem.src, guest_ram_pages(&vmem.src) - 1, stray);
-    if (!mode->route.file) {
-        /* What is absent from a mapped-ram file is taken to be zero */
-        guest_ram_make_stale(&vmem.dst);
-    }
+    guest_ram_make_stale(&vmem.dst);
     guest_ram_state_take(&before, &vmem.src);
 
     sparse_guests_migrate(&vmem.guests, &mode->route, env);
@@ -390,7 +380,7 @@ static void virtio_mem_plugged(const DeviceMode *mode, bool prealloc)
         }
     }
     if (!prealloc) {
-        check_allocated(&vmem.dst, kinds, mode->populates_zero);
+        check_allocated(&vmem.dst, kinds);
     }
 out:
     virtio_mem_end(&vmem);
@@ -532,7 +522,7 @@ static void balloon_test(const DeviceMode *mode, bool report)
             g_assert_false(test_bit(page, data));
         }
     }
-    check_allocated(&guests.dst, kinds, mode->populates_zero);
+    check_allocated(&guests.dst, kinds);
 out:
     sparse_guests_end(&guests);
 }

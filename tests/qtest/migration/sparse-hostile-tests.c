@@ -340,8 +340,7 @@ static void test_hostile(const void *opaque)
 /*
  * In the middle of postcopy
  *
- * There are no runs in this phase, on any channel: pages are placed one by one,
- * and what has been placed belongs to a guest that may be running.
+ * What has been placed belongs to a guest that may be running.
  */
 
 /* What has arrived when the hostile record does, before and after the switch */
@@ -360,15 +359,26 @@ typedef struct PostcopyCase {
 
 static const PostcopyCase postcopy_cases[] = {
     {
-        .name = "run",
+        /* What has been received is not taken back */
+        .name = "over-data",
         .value = ZERO_RUN,
         .npages = POSTCOPY_PAGE + 1,
-        .message = "Found a zero page with value 1",
+        .message = "uffd_zero_page() failed",
+    }, {
+        .name = "zero",
+        .value = ZERO_RUN,
+        .npages = 0,
+        .message = "a run of 0 zero pages at offset",
+    }, {
+        .name = "beyond-block",
+        .value = ZERO_RUN,
+        .npages = RAM_SIZE / PAGE_SIZE + 1,
+        .message = "a run of 16385 zero pages at offset",
     }, {
         .name = "all-ones",
         .value = ZERO_RUN,
         .npages = UINT64_MAX,
-        .message = "Found a zero page with value 1",
+        .message = "a run of 18446744073709551615 zero pages at offset",
     }, {
         .name = "value",
         .value = 2,

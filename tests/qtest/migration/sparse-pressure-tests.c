@@ -44,6 +44,8 @@ typedef struct PressureCase {
     const char *capabilities[3];
     /* Of the source, or NULL for the default */
     const char *zero_page_detection;
+    /* Switch as soon as the migration has started */
+    bool postcopy;
 } PressureCase;
 
 static const PressureCase pressure_cases[] = {
@@ -56,6 +58,15 @@ static const PressureCase pressure_cases[] = {
         .zero_page_detection = "legacy",
     },
     { .name = "sparse-ram", .capabilities = { "sparse-ram" } },
+    {
+        .name = "postcopy",
+        .capabilities = { "postcopy-ram" },
+        .postcopy = true,
+    }, {
+        .name = "postcopy-preempt",
+        .capabilities = { "postcopy-ram", "postcopy-preempt" },
+        .postcopy = true,
+    },
 };
 
 /* The files of a memory cgroup, in either version of the interface */
@@ -330,7 +341,10 @@ static void wait_for_either(QTestState *from, QTestState *to)
     while (qtest_probe_child(to)) {
         g_autofree char *status = migrate_query_status(from);
 
-        if (g_str_equal(status, "completed") || g_str_equal(status, "failed")) {
+        /* Postcopy pauses when it has lost the destination */
+        if (g_str_equal(status, "completed") ||
+            g_str_equal(status, "failed") ||
+            g_str_equal(status, "postcopy-paused")) {
             return;
         }
         g_usleep(10 * 1000);
@@ -357,7 +371,7 @@ static void test_pressure(const void *opaque)
 {
     const PressureCase *c = opaque;
     g_autofree char *opts = NULL;
-    g_autofree char *src_opts = NULL;
+    g_autofree char *stopped_opts = NULL;
     g_autofree char *peak = NULL;
     g_autofree uint8_t *kinds = NULL;
     g_auto(GuestRamState) src_before = { };
@@ -365,7 +379,12 @@ static void test_pressure(const void *opaque)
     QTestState *from, *to;
     GuestRam src, dst;
     Cgroup cgroup;
+    bool thread_id;
 
+    if (c->postcopy && !ufd_version_check(&thread_id)) {
+        g_test_skip("userfaultfd is not available");
+        return;
+    }
     /*
      * Before QEMU is started: should the test fail, what was made first is
      * removed last, when the process in it is gone.
@@ -378,9 +397,10 @@ static void test_pressure(const void *opaque)
     guest_ram_init(&src, BACKEND_MEMFD, PRESSURE_SIZE);
     guest_ram_init(&dst, BACKEND_MEMFD, PRESSURE_SIZE);
     opts = guest_ram_opts(&dst, NULL);
-    src_opts = g_strdup_printf("-S %s", opts);
-    args.opts_source = src_opts;
-    args.opts_target = opts;
+    /* After postcopy the destination would run */
+    stopped_opts = g_strdup_printf("-S %s", opts);
+    args.opts_source = stopped_opts;
+    args.opts_target = stopped_opts;
     if (migrate_start(&from, &to, "defer", &args)) {
         /* It has said why */
         goto out;
@@ -395,6 +415,10 @@ static void test_pressure(const void *opaque)
     set_up(c, from, to);
     migrate_ensure_converge(from);
     migrate_qmp(from, to, NULL, NULL, "{}");
+    if (c->postcopy) {
+        qtest_qmp_assert_success(from,
+                                 "{ 'execute': 'migrate-start-postcopy' }");
+    }
     wait_for_either(from, to);
     g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
     wait_for_migration_complete(from);

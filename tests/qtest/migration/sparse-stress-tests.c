@@ -33,9 +33,11 @@
 #include "migration/migration-util.h"
 #include "migration/sparse-stress-tests.h"
 #include "migration/sparse-util.h"
+#include "qemu/bitmap.h"
 #include "qemu/bswap.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
+#include "qobject/qlist.h"
 
 #define PAGE_SIZE (4 * KiB)
 
@@ -69,6 +71,9 @@ QEMU_BUILD_BUG_ON(SCRATCH_SLICE / PAGE_SIZE < PAGES_IN_A_ROW * 3 / 2);
 
 /* How many pages the guest writes for each B that it says */
 #define BATCH 256
+
+/* Where its table of how often a page was written is */
+#define SPARSE_WRITER_TABLE 0x10000
 
 /* How many pages in a row, a power of 2, are populated or not */
 #define POPULATED_PAGES 512
@@ -219,8 +224,13 @@ static QTestState *start_guest(const StressTest *test, const char *env,
         "-nodefaults -bios %s -serial file:%s %s",
         test->accel, machine, memory, test->shift, firmware, serial->path,
         opts);
-    QTestState *who = qtest_init_with_env(env, args, true);
+    QList *capabilities = qlist_new();
+    QTestState *who;
 
+    /* For migrate-recover */
+    qlist_append_str(capabilities, "oob");
+    who = qtest_init_with_env_and_capabilities(env, args, capabilities, true);
+    qobject_unref(capabilities);
     qtest_qmp_set_event_callback(who, migrate_watch_for_events, state);
     migrate_set_capability(who, "events", true);
     return who;
@@ -540,6 +550,187 @@ static void test_stress(const void *opaque)
     unlink(dst_path);
 }
 
+/*
+ * Postcopy: the guest goes on on the destination when half of its pages have
+ * been sent, and accesses pages that have been received as zero, pages that
+ * come while it waits for them, and pages that come in between.
+ */
+typedef struct PostcopyStress {
+    StressTest guest;
+    /* Besides postcopy-ram and postcopy-blocktime */
+    const char *capabilities[3];
+    /* The channel breaks, and is recovered */
+    bool recover;
+} PostcopyStress;
+
+/* How many Bs to wait for at a time */
+#define POSTCOPY_BEATS 20
+
+/* Slow enough that the guest writes to a page less than 256 times */
+#define WRITER_TURN_POSTCOPY 50000
+
+/* Let the first round come half way, in holes */
+static void half_round(const StressTest *test, QTestState *from)
+{
+    int64_t start = g_get_monotonic_time();
+
+    while (write_behind(test, from) < writer_pages(test) / 2) {
+        check_timeout(start, "the first round");
+        g_usleep(10000);
+    }
+}
+
+static void wait_for_status(QTestState *who, const char *goal)
+{
+    int64_t start = g_get_monotonic_time();
+
+    while (true) {
+        g_autofree char *status = migrate_query_status(who);
+
+        if (g_str_equal(status, goal)) {
+            return;
+        }
+        g_assert_cmpstr(status, !=, "failed");
+        check_timeout(start, goal);
+        g_usleep(10000);
+    }
+}
+
+static void break_and_recover(QTestState *from, QTestState *to)
+{
+    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket-recover", tmpfs);
+
+    migrate_pause(from);
+    wait_for_status(to, "postcopy-paused");
+    wait_for_status(from, "postcopy-paused");
+    /* Time for the guest to get stuck */
+    g_usleep(G_USEC_PER_SEC / 2);
+    migrate_recover(to, uri);
+    migrate_qmp(from, to, uri, NULL, "{'resume': true}");
+    wait_for_status(to, "postcopy-active");
+}
+
+/* What the guest has neither written nor read is a hole */
+static void check_untouched(const StressTest *test, QTestState *to)
+{
+    uint64_t first = writer_base(test) / PAGE_SIZE;
+    g_autofree uint8_t *table = g_malloc(writer_pages(test));
+    g_autofree unsigned long *touched = NULL;
+    g_autofree unsigned long *allocated = NULL;
+    uint64_t page, untouched = 0, bad = 0, unit;
+    GuestRam ram;
+
+    guest_ram_init(&ram, BACKEND_MEMFD, test->size);
+    guest_ram_open(&ram, to);
+    g_assert_cmpint(pread(ram.fd, table, writer_pages(test),
+                          SPARSE_WRITER_TABLE), ==, writer_pages(test));
+    allocated = guest_ram_allocated_pages(&ram);
+    unit = guest_ram_allocation_unit(&ram) / ram.page_size;
+    touched = bitmap_new(guest_ram_pages(&ram));
+    for (page = 0; page < writer_pages(test); page++) {
+        if (table[page]) {
+            set_bit(first + page, touched);
+        }
+    }
+    for (page = first; page < first + writer_pages(test); page++) {
+        if (!guest_ram_unit_has_any(&ram, touched, page, unit)) {
+            untouched++;
+            bad += test_bit(page, allocated);
+        }
+    }
+    g_test_message("%" PRIu64 " of %" PRIu64 " pages were not touched, %" PRIu64
+                   " of them are allocated", untouched, writer_pages(test),
+                   bad);
+    g_assert_cmpuint(untouched, >, 0);
+    g_assert_cmpuint(bad, ==, 0);
+    guest_ram_close(&ram);
+}
+
+static void test_postcopy_stress(const void *opaque)
+{
+    const PostcopyStress *stress = opaque;
+    const StressTest *test = &stress->guest;
+    g_autofree char *firmware = create_firmware(test);
+    g_autofree char *src_path = g_strdup_printf("%s/src_serial", tmpfs);
+    g_autofree char *dst_path = g_strdup_printf("%s/dest_serial", tmpfs);
+    Serial src_serial = { .path = src_path };
+    Serial dst_serial = { .path = dst_path };
+    QTestMigrationState src_state = { }, dst_state = { };
+    g_autofree char *status = NULL;
+    QTestState *from, *to;
+    gsize beats;
+    int i;
+
+    /* That the channel breaks is not passed over in silence */
+    from = start_guest(test, "QTEST_QEMU_BINARY_SRC", firmware, &src_serial,
+                       &src_state, stress->recover ? "2>/dev/null" : "");
+    to = start_guest(test, "QTEST_QEMU_BINARY_DST", firmware, &dst_serial,
+                     &dst_state, stress->recover ? "-incoming defer 2>/dev/null"
+                                                 : "-incoming defer");
+    migrate_set_both_capability(from, to, "postcopy-ram");
+    migrate_set_both_capability(from, to, "postcopy-blocktime");
+    for (i = 0; stress->capabilities[i]; i++) {
+        migrate_set_both_capability(from, to, stress->capabilities[i]);
+    }
+    migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
+    wait_for_beats(&src_serial, 1);
+
+    set_bandwidth(from, SLOW_BANDWIDTH);
+    migrate_set_parameter_int(from, "max-postcopy-bandwidth", SLOW_BANDWIDTH);
+    set_threshold(from, 0);
+    migrate_qmp(from, to, NULL, NULL, "{}");
+    half_round(test, from);
+    qtest_qmp_assert_success(from, "{ 'execute': 'migrate-start-postcopy' }");
+    wait_for_status(to, "postcopy-active");
+
+    write_parameter(to, SPARSE_WRITER_TURN, WRITER_TURN_POSTCOPY);
+    write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(test));
+    wait_for_beats(&dst_serial, POSTCOPY_BEATS);
+    beats = dst_serial.beats;
+    if (stress->recover) {
+        break_and_recover(from, to);
+        wait_for_beats(&dst_serial, POSTCOPY_BEATS);
+    }
+    status = migrate_query_status(to);
+    g_test_message("the guest has written to %" PRIu64 " pages, and status is "
+                   "%s", (uint64_t)beats * BATCH, status);
+
+    migrate_set_parameter_int(from, "max-postcopy-bandwidth", 0);
+    wait_for_migration_complete(from);
+    wait_for_migration_complete(to);
+    read_blocktime(to);
+    wait_for_beats(&dst_serial, 1);
+
+    qtest_qmp_assert_success(to, "{ 'execute': 'stop' }");
+    check_untouched(test, to);
+    qtest_quit(from);
+    check_by_guest(test, to, &dst_serial);
+    qtest_quit(to);
+
+    unlink(firmware);
+    unlink(src_path);
+    unlink(dst_path);
+}
+
+static void add_postcopy_stress(const char *name, const char *first,
+                                const char *second, bool recover)
+{
+    PostcopyStress *stress = g_new(PostcopyStress, 1);
+    g_autofree char *path =
+        g_strdup_printf("/migration/sparse/stress/postcopy/%s", name);
+
+    *stress = (PostcopyStress) {
+        .guest = {
+            .accel = "tcg",
+            .shift = SHIFT_DEFAULT,
+            .size = 256 * MiB,
+        },
+        .capabilities = { first, second },
+        .recover = recover,
+    };
+    qtest_add_data_func_full(path, stress, test_postcopy_stress, g_free);
+}
+
 static void add_stress(const char *accel, StressMode mode, unsigned shift,
                        bool is_long)
 {
@@ -578,6 +769,14 @@ void migration_test_add_sparse_stress(MigrationTestEnv *env)
         add_stress("tcg", STRESS_PRECOPY, SHIFT_DEFAULT, false);
         add_stress("tcg", STRESS_MULTIFD, SHIFT_MIN, false);
         add_stress("tcg", STRESS_RUNS, SHIFT_MIN, false);
+    }
+    if (env->has_tcg && env->has_uffd) {
+        add_postcopy_stress("plain", NULL, NULL, false);
+        add_postcopy_stress("preempt", "postcopy-preempt", NULL, false);
+        add_postcopy_stress("recover", NULL, NULL, true);
+        add_postcopy_stress("recover-preempt", "postcopy-preempt", NULL, true);
+        add_postcopy_stress("capability", "sparse-ram", "postcopy-preempt",
+                            true);
     }
     if (!env->full_set) {
         return;

@@ -818,6 +818,7 @@ void migration_test_add_sparse(MigrationTestEnv *env)
     migration_test_add_sparse_file(env);
     migration_test_add_sparse_devices(env);
     migration_test_add_sparse_errors(env);
+    migration_test_add_sparse_postcopy(env);
     migration_test_add_sparse_ram(env);
     migration_test_add_sparse_hostile(env);
     migration_test_add_sparse_stress(env);

@@ -11,6 +11,9 @@
 
 #include "migration/framework.h"
 
+/* Faults while postcopy is active */
+void migration_test_add_sparse_postcopy(MigrationTestEnv *env);
+
 /* The capability sparse-ram; called by migration_test_add_sparse() */
 void migration_test_add_sparse_ram(MigrationTestEnv *env);
 
