@@ -8,9 +8,11 @@
  */
 
 #include "qemu/osdep.h"
+#include "exec/memory.h"
 #include "exec/target_page.h"
 #include "migration/misc.h"
 #include "qemu/bitmap.h"
+#include "options.h"
 #include "ram-holes.h"
 
 typedef struct AbsentPages {
@@ -91,6 +93,36 @@ static void zero_absent_hugetlb(const AbsentPages *pages,
     }
 }
 
+/* Huge pages that were written to are in no file, and nobody tells of holes */
+static bool is_private_hugetlb(const RAMBlock *rb)
+{
+    return !(rb->flags & (RAM_SHARED | RAM_PREALLOC)) && rb->fd >= 0 &&
+           qemu_fd_getfs(rb->fd) == QEMU_FS_TYPE_HUGETLBFS;
+}
+
+/*
+ * To read a huge page that is not there allocates it, and there may be none
+ * left.  So do not read what is neither in the page tables nor in the file.
+ */
+static void zero_absent_private_hugetlb(const AbsentPages *pages,
+                                        SparseRange todo)
+{
+    RAMBlock *rb = pages->rb;
+    struct stat st;
+    bool file_is_empty = fstat(rb->fd, &st) == 0 && st.st_blocks == 0;
+
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange huge = todo;
+
+        huge.end = MIN(todo.end, todo.start + rb->page_size);
+        if (ram_huge_page_is_mapped(rb, huge.start - rb->fd_offset) ||
+            (!file_is_empty && sparse_file_is_zero(rb->fd, &huge) <= 0)) {
+            zero_absent(pages, &huge);
+        }
+        todo.start = huge.end;
+    }
+}
+
 /* What there is in a range that may be something else than zero */
 static void next_populated(RAMBlock *rb, const SparseRange *range,
                            SparseRange *populated)
@@ -127,13 +159,18 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
         .end = rb->fd_offset + pages.npages * size,
     };
 
-    if (migrate_ram_is_ignored(rb)) {
+    if (!migrate_ram_holes() || migrate_ram_is_ignored(rb)) {
         return;
     }
     /*
      * Of virtio-mem it is not known yet what is plugged, because that comes
-     * later in the file.  It discards the rest when it has been loaded.
+     * later in the file, with x-early-migration as well.  It discards the rest
+     * when it has been loaded.
      */
+    if (is_private_hugetlb(rb)) {
+        zero_absent_private_hugetlb(&pages, todo);
+        return;
+    }
     if (ram_block_holes_known(rb) &&
         rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
         zero_absent_hugetlb(&pages, &todo);

@@ -151,8 +151,18 @@ static void zero_hugetlb(RAMBlock *rb, SparseRange todo)
 
     while (!sparse_range_is_empty(&todo)) {
         SparseRange page = todo;
+        ram_addr_t offset = todo.start - rb->fd_offset;
         int ret;
 
+        /* Reading what is in the page tables is the fastest */
+        if (QEMU_IS_ALIGNED(offset, rb->page_size) &&
+            ram_huge_page_is_mapped(rb, offset)) {
+            trace_zero(rb, &hole, ACTION_HOLE);
+            page.end = MIN(todo.end, todo.start + rb->page_size);
+            zero_clear(rb, &page);
+            hole.start = hole.end = todo.start = page.end;
+            continue;
+        }
         page.end = MIN(todo.end, todo.start + page_size);
         ret = sparse_file_is_zero(rb->fd, &page);
         if (ret < 0) {
@@ -208,8 +218,10 @@ int ram_next_populated_private(const RAMBlock *rb, const SparseRange *within,
     };
     int ret = populated_memory_next(&memory, populated);
 
-    populated->start -= address;
-    populated->end -= address;
+    if (ret == 0) {
+        populated->start -= address;
+        populated->end -= address;
+    }
     return ret;
 }
 

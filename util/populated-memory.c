@@ -74,6 +74,10 @@ int pagemap_scan_next(int fd, const SparseRange *within,
     if (ret < 0) {
         return -errno;
     }
+    if (ret == 0 && scan.walk_end < within->end) {
+        /* It has not looked at everything, and nothing says that it may not */
+        return -EIO;
+    }
     *populated = (SparseRange) { .start = within->end, .end = within->end };
     if (ret > 0) {
         *populated = (SparseRange) {
@@ -124,15 +128,17 @@ int pagemap_read_next(int fd, const SparseRange *within,
     return 0;
 }
 
-static int pagemap_fd = -1;
+/* The file descriptor, or a negative errno value if it cannot be opened */
+#define PAGEMAP_NOT_OPENED (-ENODATA)
+static int pagemap_fd = PAGEMAP_NOT_OPENED;
 
 /* The file that a child process inherits is about its parent. */
 static void pagemap_forget(void)
 {
     if (pagemap_fd >= 0) {
         close(pagemap_fd);
-        pagemap_fd = -1;
     }
+    pagemap_fd = PAGEMAP_NOT_OPENED;
 }
 
 /* Returns the file descriptor, or a negative errno value */
@@ -141,20 +147,23 @@ static int pagemap_open(void)
     static gsize atfork;
     int fd = qatomic_read(&pagemap_fd), other;
 
-    if (fd >= 0) {
+    if (fd != PAGEMAP_NOT_OPENED) {
         return fd;
     }
     if (g_once_init_enter(&atfork)) {
         pthread_atfork(NULL, NULL, pagemap_forget);
         g_once_init_leave(&atfork, 1);
     }
+    /* Once: that it is refused may be written to a log each time (AppArmor) */
     fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
-        return -errno;
+        fd = -errno;
     }
-    other = qatomic_cmpxchg(&pagemap_fd, -1, fd);
-    if (other >= 0) {
-        close(fd);
+    other = qatomic_cmpxchg(&pagemap_fd, PAGEMAP_NOT_OPENED, fd);
+    if (other != PAGEMAP_NOT_OPENED) {
+        if (fd >= 0) {
+            close(fd);
+        }
         fd = other;
     }
     return fd;

@@ -36,7 +36,7 @@
  *   and one that is being moved is not there for a moment.
  *
  * May be called by any thread.  Asks /proc/self/pagemap, which is opened at the
- * first call and stays open; a child process opens its own.
+ * first call, and only then, and stays open; a child process opens its own.
  *
  * Returns 0, or a negative errno value if the kernel does not tell: there is no
  * /proc, or this process may not look at it.

@@ -1138,7 +1138,7 @@ static void test_absent_private_file(void)
     test_block_destroy(&block);
 }
 
-/* Nobody can be asked: all is read, and so populated. */
+/* As it was without all this: nothing is done about them */
 static void test_absent_switched_off(void)
 {
     TestBlock block;
@@ -1146,8 +1146,8 @@ static void test_absent_switched_off(void)
     machine.ram_holes = false;
     test_block_init(&block);
     zero_absent(&block, 64);
-    g_assert_cmpint(allocated_pages(&block), ==, 64);
-    assert_absent(&block);
+    g_assert_cmpint(allocated_pages(&block), ==, 16);
+    assert_pages(&block, 8, 23, DATA);
     test_block_destroy(&block);
 }
 
@@ -1289,6 +1289,31 @@ static void test_absent_hugetlb(void)
     zero_absent(&block, 2 * per_huge);
     g_assert_cmpint(other[HUGE_PAGE + 5 * TARGET_PAGE], ==, 0);
     munmap(other, 2 * HUGE_PAGE);
+    test_block_destroy(&block);
+}
+
+/* There may be no huge page left for what is not there yet. */
+static void test_absent_private_hugetlb(void)
+{
+    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
+    TestBlock block;
+    int fd;
+
+    if (!test_block_init_hugetlb(&block)) {
+        return;
+    }
+    fd = block.rb.fd;
+    g_assert_no_errno(ftruncate(fd, 0));
+    g_assert_no_errno(ftruncate(fd, 2 * HUGE_PAGE));
+    munmap(block.rb.host, 2 * HUGE_PAGE);
+    test_block_init_mapped(&block, fd, 0, 2 * HUGE_PAGE, MAP_PRIVATE, 0);
+    block.rb.page_size = HUGE_PAGE;
+
+    zero_absent(&block, 2 * per_huge);
+    g_assert_false(ram_huge_page_is_mapped(&block.rb, HUGE_PAGE));
+    assert_pages(&block, 8, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    assert_pages(&block, 16, 19, 0);
     test_block_destroy(&block);
 }
 
@@ -1647,6 +1672,8 @@ int main(int argc, char **argv)
                     test_absent_shared_anonymous);
     g_test_add_func("/ram-holes/absent/private-file", test_absent_private_file);
     g_test_add_func("/ram-holes/absent/hugetlb", test_absent_hugetlb);
+    g_test_add_func("/ram-holes/absent/private-hugetlb",
+                    test_absent_private_hugetlb);
     g_test_add_func("/ram-holes/absent/switched-off", test_absent_switched_off);
     g_test_add_func("/ram-holes/absent/ignored", test_absent_ignored);
     g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
