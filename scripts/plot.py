@@ -101,7 +101,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--directory', metavar='DIR', default=DIRECTORY,
                         help='where the files are (default '
                              f'{os.path.relpath(DIRECTORY, ROOT)})')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.size, args.stock_size) < SMALLEST:
+        parser.error(f'the smallest guest has {format_size(SMALLEST)}')
+    return args
 
 
 class Plot:

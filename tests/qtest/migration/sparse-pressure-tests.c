@@ -34,6 +34,9 @@
 /* The data, QEMU itself, and what the kernel needs for both */
 #define PRESSURE_LIMIT (DATA_BYTES + 256 * MiB)
 
+/* For a migration, in microseconds */
+#define TIMEOUT (120 * G_USEC_PER_SEC)
+
 /* What a machine touches of its RAM while it is being built */
 #define BOOT_BYTES (16 * MiB)
 
@@ -338,6 +341,8 @@ static void set_up(const PressureCase *c, QTestState *from, QTestState *to)
 /* Wait until the source is done, or the destination is dead */
 static void wait_for_either(QTestState *from, QTestState *to)
 {
+    int64_t start = g_get_monotonic_time();
+
     while (qtest_probe_child(to)) {
         g_autofree char *status = migrate_query_status(from);
 
@@ -347,6 +352,7 @@ static void wait_for_either(QTestState *from, QTestState *to)
             g_str_equal(status, "postcopy-paused")) {
             return;
         }
+        g_assert_cmpint(g_get_monotonic_time() - start, <, TIMEOUT);
         g_usleep(10 * 1000);
     }
 }

@@ -566,6 +566,9 @@ typedef struct PostcopyStress {
 /* How many Bs to wait for at a time */
 #define POSTCOPY_BEATS 20
 
+/* Fast enough for the data that the guest has written, until the switch */
+#define PRECOPY_BANDWIDTH (1 * MiB)
+
 /* Slow enough that the guest writes to a page less than 256 times */
 #define WRITER_TURN_POSTCOPY 50000
 
@@ -675,7 +678,7 @@ static void test_postcopy_stress(const void *opaque)
     migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
     wait_for_beats(&src_serial, 1);
 
-    set_bandwidth(from, SLOW_BANDWIDTH);
+    set_bandwidth(from, PRECOPY_BANDWIDTH);
     migrate_set_parameter_int(from, "max-postcopy-bandwidth", SLOW_BANDWIDTH);
     set_threshold(from, 0);
     migrate_qmp(from, to, NULL, NULL, "{}");
