@@ -553,7 +553,9 @@ static void test_stress(const void *opaque)
 /*
  * Postcopy: the guest goes on on the destination when half of its pages have
  * been sent, and accesses pages that have been received as zero, pages that
- * come while it waits for them, and pages that come in between.
+ * come while it waits for them, and pages that come in between.  Data that has
+ * yet to be sent, which takes minutes at the slow rate, keeps postcopy from its
+ * end, which would free a guest that waits for ever.
  */
 typedef struct PostcopyStress {
     StressTest guest;
@@ -564,7 +566,7 @@ typedef struct PostcopyStress {
 } PostcopyStress;
 
 /* How many Bs to wait for at a time */
-#define POSTCOPY_BEATS 20
+#define POSTCOPY_BEATS 8
 
 /* Fast enough for the data that the guest has written, until the switch */
 #define PRECOPY_BANDWIDTH (1 * MiB)
@@ -661,7 +663,6 @@ static void test_postcopy_stress(const void *opaque)
     QTestMigrationState src_state = { }, dst_state = { };
     g_autofree char *status = NULL;
     QTestState *from, *to;
-    gsize beats;
     int i;
 
     /* That the channel breaks is not passed over in silence */
@@ -683,20 +684,19 @@ static void test_postcopy_stress(const void *opaque)
     set_threshold(from, 0);
     migrate_qmp(from, to, NULL, NULL, "{}");
     half_round(test, from);
+    qtest_memset(from, SCRATCH_BASE, 1, writer_base(test) - SCRATCH_BASE);
     qtest_qmp_assert_success(from, "{ 'execute': 'migrate-start-postcopy' }");
     wait_for_status(to, "postcopy-active");
 
     write_parameter(to, SPARSE_WRITER_TURN, WRITER_TURN_POSTCOPY);
     write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(test));
     wait_for_beats(&dst_serial, POSTCOPY_BEATS);
-    beats = dst_serial.beats;
     if (stress->recover) {
         break_and_recover(from, to);
         wait_for_beats(&dst_serial, POSTCOPY_BEATS);
     }
     status = migrate_query_status(to);
-    g_test_message("the guest has written to %" PRIu64 " pages, and status is "
-                   "%s", (uint64_t)beats * BATCH, status);
+    g_assert_cmpstr(status, ==, "postcopy-active");
 
     migrate_set_parameter_int(from, "max-postcopy-bandwidth", 0);
     wait_for_migration_complete(from);
@@ -727,6 +727,7 @@ static void add_postcopy_stress(const char *name, const char *first,
             .accel = "tcg",
             .shift = SHIFT_DEFAULT,
             .size = 256 * MiB,
+            .slow_syncs = 3,
         },
         .capabilities = { first, second },
         .recover = recover,
