@@ -347,7 +347,13 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
         run->gather = ram_block_may_leave_holes(rb) &&
             (!ram_block_is_private_known(rb) || gather_private(run, rb));
     }
-    if (!run->gather) {
+    if (!run->gather && length <= qemu_target_page_size()) {
+        /* As ram_handle_zero() decides; it is a function call for each page */
+        zero_clear(rb, &(SparseRange) {
+            .start = rb->fd_offset + offset,
+            .end = rb->fd_offset + offset + length,
+        });
+    } else if (!run->gather) {
         ram_handle_zero(rb, offset, length);
     } else if (!sparse_range_gather(&run->range, offset, length)) {
         ram_zero_run_flush(run);
