@@ -20,6 +20,18 @@
 #include "ram-holes.h"
 #include "trace.h"
 
+/*
+ * To ask about fewer target pages than this takes longer than to read them
+ * may: a system call takes as long as a page fault or a few.
+ */
+#define PRIVATE_ASK_MIN 32
+
+/*
+ * The most bytes of private memory that are gathered.  What is populated is
+ * read, which takes some hundred microseconds; the source may have to wait.
+ */
+#define PRIVATE_RUN_MAX (2 * MiB)
+
 #define ACTION_HOLE     "hole"
 #define ACTION_PUNCHED  "punched"
 #define ACTION_CLEARED  "cleared"
@@ -266,8 +278,8 @@ static void zero_private(RAMBlock *rb, const SparseRange *range)
 {
     if (rb->holes->private_memory == RAM_PRIVATE_TMPFS) {
         zero_private_tmpfs(rb, *range);
-    } else if (sparse_range_length(range) <= qemu_target_page_size()) {
-        /* To ask about a single page takes longer than to read it */
+    } else if (sparse_range_length(range) <
+               PRIVATE_ASK_MIN * qemu_target_page_size()) {
         zero_clear(rb, range);
     } else {
         zero_private_hole(rb, *range);
@@ -323,15 +335,15 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
     }
 }
 
-/*
- * Reading a private mapping of a file populates the file, and so it is worth
- * more than keeping step not to do that.
- */
-static bool gather_private(const RAMZeroRun *run, const RAMBlock *rb)
+/* A block was begun, of which this is what has to be known for each page. */
+static void ram_zero_run_start(RAMZeroRun *run, RAMBlock *rb)
 {
-    return ram_block_is_private_known(rb) &&
-           (run->in_packet ||
-            rb->holes->private_memory == RAM_PRIVATE_TMPFS);
+    run->rb = rb;
+    run->max = 0;
+    if (ram_block_may_leave_holes(rb)) {
+        run->max = ram_block_is_private_known(rb) ? PRIVATE_RUN_MAX
+                                                  : UINT64_MAX;
+    }
 }
 
 void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
@@ -339,25 +351,18 @@ void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
 {
     if (rb != run->rb) {
         ram_zero_run_flush(run);
-        run->rb = rb;
-        /*
-         * Clearing page by page keeps step with the stream.  To clear a long
-         * run at its end would let the source wait.
-         */
-        run->gather = ram_block_may_leave_holes(rb) &&
-            (!ram_block_is_private_known(rb) || gather_private(run, rb));
+        ram_zero_run_start(run, rb);
     }
-    if (!run->gather && length <= qemu_target_page_size()) {
-        /* As ram_handle_zero() decides; it is a function call for each page */
-        zero_clear(rb, &(SparseRange) {
-            .start = rb->fd_offset + offset,
-            .end = rb->fd_offset + offset + length,
-        });
-    } else if (!run->gather) {
+    if (!run->max) {
         ram_handle_zero(rb, offset, length);
-    } else if (!sparse_range_gather(&run->range, offset, length)) {
+        return;
+    }
+    if (!sparse_range_gather(&run->range, offset, length)) {
         ram_zero_run_flush(run);
         run->range = (SparseRange) { .start = offset, .end = offset + length };
+    }
+    if (sparse_range_length(&run->range) >= run->max) {
+        ram_zero_run_flush(run);
     }
 }
 

@@ -235,18 +235,13 @@ void ram_clear_memory(void *host, uint64_t length);
  * RAMZeroRun: zero pages that follow each other, not yet handled
  *
  * Zero pages come one by one but are cheap only in bulk.  To be initialized
- * with all zeroes but @in_packet, and to be flushed before anything else is
- * written to the pages that it stands for.
+ * with all zeroes, and to be flushed before anything else is written to the
+ * pages that it stands for.
  */
 typedef struct RAMZeroRun {
-    /*
-     * Set by who has a few pages at hand and nobody who waits: gather pages of
-     * anonymous memory as well.
-     */
-    bool in_packet;
     RAMBlock *rb;
-    /* Whether it saves system calls to gather pages of @rb */
-    bool gather;
+    /* How many bytes of @rb to gather at most; 0 if that saves nothing */
+    uint64_t max;
     SparseRange range;
 } RAMZeroRun;
 

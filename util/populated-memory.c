@@ -47,7 +47,11 @@ typedef struct PagemapScan {
 #define PAGEMAP_ENTRY_PRESENT   (1ULL << 63)
 #define PAGEMAP_ENTRY_SWAPPED   (1ULL << 62)
 
-/* As many entries of pagemap as are read at once */
+/*
+ * As many entries of pagemap as are read at once, at first and at most: the
+ * answer often is in the first few.
+ */
+#define PAGEMAP_READ_MIN        16
 #define PAGEMAP_READ_MAX        512
 
 /*
@@ -95,16 +99,18 @@ int pagemap_read_next(int fd, const SparseRange *within,
     uint64_t entries[PAGEMAP_READ_MAX];
     uint64_t page = within->start / page_size;
     uint64_t end = within->end / page_size;
+    uint64_t count = PAGEMAP_READ_MIN;
     SparseRange found = { };
 
     while (page < end) {
-        size_t size = MIN(end - page, PAGEMAP_READ_MAX) * sizeof(uint64_t);
+        size_t size = MIN(end - page, count) * sizeof(uint64_t);
         ssize_t len = RETRY_ON_EINTR(pread(fd, entries, size,
                                            page * sizeof(uint64_t)));
 
         if (len < 0) {
             return -errno;
         }
+        count = MIN(count * 4, PAGEMAP_READ_MAX);
         if (len < sizeof(uint64_t)) {
             /* Not an address that this process can have */
             return -EFAULT;

@@ -39,6 +39,10 @@
 #define TARGET_PAGE (4 * KiB)
 #define HUGE_PAGE (2 * MiB)
 #define BLOCK_SIZE (64 * TARGET_PAGE)
+
+/* Of ram-holes-load.c: pages, and bytes */
+#define PRIVATE_ASK_MIN 32
+#define PRIVATE_RUN_MAX (2 * MiB)
 #define DATA 0xa5
 
 /* The machine */
@@ -900,48 +904,64 @@ static bool have_pagemap(void)
     return true;
 }
 
-static void test_block_init_anonymous(TestBlock *block)
+static void test_block_init_anonymous(TestBlock *block, uint64_t size)
 {
-    test_block_init_mapped(block, -1, 0, BLOCK_SIZE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, 0);
+    test_block_init_mapped(block, -1, 0, size, MAP_PRIVATE | MAP_ANONYMOUS, 0);
     /* One page is one page */
-    madvise(block->rb.host, BLOCK_SIZE, MADV_NOHUGEPAGE);
+    madvise(block->rb.host, size, MADV_NOHUGEPAGE);
+}
+
+static void assert_resident(TestBlock *block, int first, int last, int only)
+{
+    for (int i = first; i <= last; i++) {
+        g_assert_cmpint(is_resident(block, i), ==, i == only);
+    }
 }
 
 static void test_private_anonymous(void)
 {
     TestBlock block;
-    RAMZeroRun run = { };
 
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_anonymous(&block);
+    test_block_init_anonymous(&block, BLOCK_SIZE);
     fill_pages(&block, 8, 15);
     zero_pages(&block, 4, 11);
-    for (int i = 0; i < 24; i++) {
-        g_assert_cmpint(is_resident(&block, i), ==, i >= 8 && i < 16);
+    g_assert_true(is_resident(&block, 4));
+    zero_pages(&block, 14, 14 + PRIVATE_ASK_MIN - 1);
+    for (int i = 12; i < BLOCK_SIZE / TARGET_PAGE; i++) {
+        g_assert_cmpint(is_resident(&block, i), ==, i < 16);
     }
     assert_pages(&block, 0, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
+    assert_pages(&block, 12, 13, DATA);
+    assert_pages(&block, 14, 63, 0);
+    test_block_destroy(&block);
+}
 
-    /* A page by itself is read, and reading keeps step with a stream */
-    zero_pages(&block, 20, 20);
-    ram_zero_run_add(&run, &block.rb, 24 * TARGET_PAGE, TARGET_PAGE);
-    g_assert_true(is_resident(&block, 20));
-    g_assert_true(is_resident(&block, 24));
+/* Pages that come one by one are asked about together, but not too many */
+static void test_private_run(void)
+{
+    TestBlock block;
+    RAMZeroRun run = { };
+    int max = PRIVATE_RUN_MAX / TARGET_PAGE;
 
-    /* The pages of a packet are asked about together */
-    run = (RAMZeroRun) { .in_packet = true };
+    if (!have_pagemap()) {
+        return;
+    }
+    test_block_init_anonymous(&block, 2 * PRIVATE_RUN_MAX);
     fill_pages(&block, 33, 33);
-    for (int i = 32; i < 40; i++) {
+    fill_pages(&block, max + 1, max + 1);
+    for (int i = 0; i < max + PRIVATE_ASK_MIN; i++) {
+        assert_pages(&block, 33, 33, i < max ? DATA : 0);
         ram_zero_run_add(&run, &block.rb, i * TARGET_PAGE, TARGET_PAGE);
     }
+    assert_resident(&block, 0, max - 1, 33);
+    assert_pages(&block, max + 1, max + 1, DATA);
+
     ram_zero_run_flush(&run);
-    for (int i = 32; i < 40; i++) {
-        g_assert_cmpint(is_resident(&block, i), ==, i == 33);
-    }
-    assert_pages(&block, 32, 39, 0);
+    assert_resident(&block, max, 2 * max - 1, max + 1);
+    assert_pages(&block, 0, 2 * max - 1, 0);
     test_block_destroy(&block);
 }
 
@@ -949,15 +969,15 @@ static void test_private_anonymous(void)
 static void test_private_postcopy(void)
 {
     TestBlock block;
-    RAMZeroRun run = { .in_packet = true };
+    RAMZeroRun run = { };
 
     machine.postcopy = true;
-    test_block_init_anonymous(&block);
-    zero_pages(&block, 4, 11);
-    ram_zero_run_add(&run, &block.rb, 20 * TARGET_PAGE, TARGET_PAGE);
-    for (int i = 0; i < 24; i++) {
+    test_block_init_anonymous(&block, BLOCK_SIZE);
+    zero_pages(&block, 0, PRIVATE_ASK_MIN - 1);
+    ram_zero_run_add(&run, &block.rb, 40 * TARGET_PAGE, TARGET_PAGE);
+    for (int i = 0; i < BLOCK_SIZE / TARGET_PAGE; i++) {
         g_assert_cmpint(is_resident(&block, i), ==,
-                        (i >= 4 && i < 12) || i == 20);
+                        i < PRIVATE_ASK_MIN || i == 40);
     }
     test_block_destroy(&block);
 }
@@ -1097,7 +1117,7 @@ static void test_absent_anonymous(void)
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_anonymous(&block);
+    test_block_init_anonymous(&block, BLOCK_SIZE);
     zero_absent(&block, 64);
     for (int i = 0; i < 64; i++) {
         g_assert_cmpint(is_resident(&block, i), ==, i >= 8 && i < 24);
@@ -1659,6 +1679,7 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/unknown/anonymous", test_anonymous);
     g_test_add_func("/ram-holes/shared-anonymous", test_shared_anonymous);
     g_test_add_func("/ram-holes/private/anonymous", test_private_anonymous);
+    g_test_add_func("/ram-holes/private/run", test_private_run);
     g_test_add_func("/ram-holes/private/postcopy", test_private_postcopy);
     g_test_add_func("/ram-holes/private/tmpfs", test_private_tmpfs);
     g_test_add_func("/ram-holes/private/hugetlb", test_private_hugetlb);
