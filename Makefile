@@ -91,6 +91,10 @@ plot: qemu stock ## Measure and draw docs/figures/ (PLOT_ARGS=--draw only draws 
 	@scripts/deps gnuplot-nox fonts-dejavu-core
 	@$(PYTHON) scripts/plot.py $(PLOT_ARGS)
 
+.PHONY: docs
+docs: source ## Build QEMU's manual with this project's pages; a warning is a failure
+	@scripts/build-docs
+
 .PHONY: mail
 mail: source ## Write the series as complete patches, to be mailed, to build/10.0/mail/
 	@scripts/format-series $(FORMAT_PATCH)
