@@ -18,7 +18,7 @@ export PYTHON
 help: ## Print this list
 	@echo "Usage: make TARGET [QEMU_SRC=DIR] [CC=COMPILER] [JOBS=N]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "QEMU_SRC=DIR takes the QEMU 10.0.x tree in DIR (which is copied, not changed)"
 	@echo "instead of Debian's source package; it is remembered until QEMU_SRC= is said."

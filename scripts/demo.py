@@ -20,7 +20,7 @@ from typing import Dict, List, Optional, Tuple
 from sparseram import UserError, memory, report
 from sparseram.cgroup import CgroupUnavailable
 from sparseram.cli import (add_qemu_arguments, check_binaries, guest_size,
-                           memory_floor, run_main, say)
+                           memory_floor, run_main, say, say_failed)
 from sparseram.guest import GuestError, import_qemu, pick_accelerator
 from sparseram.memory import GIB, MIB, format_size
 from sparseram.migrate import (DESTINATION_ALLOWANCE, MigrateConfig,
@@ -200,7 +200,7 @@ def migrate_all(todo: List[Tuple[str, MigrateConfig]]) \
         try:
             result = migrate_once(config, lambda text: say(f'  {text}'))
         except (MigrationFailed, GuestError) as err:
-            say(f'FAILED: {name}, {format_size(config.size)}: {err}')
+            say_failed(f'{name}, {format_size(config.size)}: {err}')
         else:
             results.setdefault(name, []).append(result)
     return results
@@ -228,10 +228,10 @@ def judge_pressure(pressures: Dict[str, Pressure]) -> int:
     if not patched or (patched.result
                        and patched.result.comparison.identical):
         return 0
-    say('FAILED: patched: with a limit of '
-        f'{report.mib(patched.limit)} MiB the destination '
-        + ('has other RAM than the source' if patched.result
-           else 'was killed'))
+    say_failed('patched: with a limit of '
+               f'{report.mib(patched.limit)} MiB the destination '
+               + ('has other RAM than the source' if patched.result
+                  else 'was killed'))
     return 1
 
 
@@ -242,12 +242,14 @@ def judge(results: Dict[str, List[Result]]) -> int:
         for result in runs:
             what = f'{name}, {format_size(result.config.size)}'
             if not result.comparison.identical:
-                say(f'FAILED: {what}: {result.comparison.differing_pages} '
+                say_failed(
+                    f'{what}: {result.comparison.differing_pages} '
                     'pages of RAM differ, the first at offset '
                     f'{result.comparison.first_difference:#x}')
                 status = 1
             if name != 'stock' and not result.destination_is_sparse:
-                say(f'FAILED: {what}: the destination grew by '
+                say_failed(
+                    f'{what}: the destination grew by '
                     f'{report.mib(result.destination_growth)} MiB, over '
                     f'{report.mib(result.destination_bound)} MiB, which is '
                     'what the guest had plus '

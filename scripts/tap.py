@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import Dict, IO, Iterator, List, Optional, Sequence
+from typing import Callable, Dict, IO, Iterator, List, Optional, Sequence
 
 PASSED = 'passed'
 FAILED = 'failed'
@@ -122,11 +122,13 @@ def lines_of(stream: IO[bytes], timeout: float) -> Iterator[str]:
 
 def run(command: Sequence[str], log: IO[str], timeout: float,
         expected: Sequence[str] = (), cwd: Optional[str] = None,
-        env: Optional[Dict[str, str]] = None) -> List[Outcome]:
+        env: Optional[Dict[str, str]] = None,
+        progress: Callable[[str], None] = lambda name: None) -> List[Outcome]:
     """Runs one TAP program to its end.
 
     @timeout: seconds without a line of output after which it counts as hung
     @expected: names of the tests that must be reported, if known
+    @progress: called with the name of each test that is done
 
     Returns at least one outcome.  If the program ends before it has reported
     all of its tests, the one that it was at has failed; with @expected the
@@ -144,7 +146,9 @@ def run(command: Sequence[str], log: IO[str], timeout: float,
             assert process.stdout is not None
             for line in lines_of(process.stdout, timeout):
                 log.write(line + '\n')
-                parser.feed(line)
+                outcome = parser.feed(line)
+                if outcome:
+                    progress(outcome.name)
         except TimeoutError:
             trouble = f'no sign of life for {timeout:.0f} s'
         finally:

@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Callable, Iterable, Optional
 
-from . import UserError, memory
+from . import UserError, memory, terminal
 from .guest import GuestError
 from .memory import MIB, SMALLEST
 from .migrate import MigrationFailed
@@ -21,6 +21,12 @@ BUILD = os.path.join(ROOT, 'build/10.0')
 def say(text: str) -> None:
     """Progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_failed(text: str) -> None:
+    """What went wrong, so that nobody overlooks it."""
+    word = terminal.paint('FAILED', terminal.RED, sys.stderr)
+    say(f'{word}: {text}')
 
 
 def guest_size(text: str) -> int:
