@@ -2,7 +2,8 @@
 """A QEMU process with one memory backend, driven through QMP.
 
 QEMU's own python/qemu does the work; import_qemu() has to be called first,
-because it lies in a QEMU source tree and not on Python's path.
+because it lies in a QEMU source tree and not on Python's path.  Qemu is any
+process of QEMU's, Guest one with one memory backend, whose RAM is known.
 """
 
 import importlib
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence, TypeVar
 
 from . import UserError
 from .cgroup import Cgroup
@@ -30,6 +31,8 @@ _RAM_ID = 'mem1'
 _LARGEST_WITH_DEFAULT_CPU = 1 << 39
 
 _EXIT_TIMEOUT = 2       # seconds
+
+_T = TypeVar('_T', bound='Qemu')
 
 # Python packages of QEMU's
 _machine: Optional[ModuleType] = None
@@ -130,44 +133,28 @@ def _cpu(accel: str, size: int) -> Sequence[str]:
     return ('-cpu', ','.join(['qemu64', *features])) if features else ()
 
 
-class Guest:
-    """One QEMU.  A context manager: starts on entry, is killed on exit."""
+class Qemu:
+    """One QEMU process.  A context manager: starts on entry, is killed on exit.
+    """
 
-    def __init__(self, name: str, binary: str, size: int, *,
-                 backend: str = 'memfd', accel: str = 'tcg',
-                 paused: bool = False, incoming: bool = False,
-                 extra_args: Sequence[str] = (),
+    def __init__(self, name: str, binary: str, args: Sequence[str], *,
                  cgroup: Optional[Cgroup] = None):
         """
-        size: of guest RAM, in bytes
-        backend: one of BACKENDS
-        paused: do not start the virtual CPUs (-S)
-        incoming: wait for a migration (-incoming defer)
-        extra_args: for QEMU's command line, after all others
+        name: what messages call it
+        args: the command line, without what QMP needs
         cgroup: for the process to start in
         """
         self.name = name
-        self._size = size
-        self._backend = backend
         self._wrapper = (*(cgroup.command if cgroup else ()),
                          *_die_with_parent())
-        self._args = [
-            '-nodefaults', '-no-user-config',
-            '-object', f'{BACKENDS[backend].options},id={_RAM_ID},size={size}',
-            '-machine', f'q35,memory-backend={_RAM_ID},accel={accel}',
-            '-smp', '4',
-            *_cpu(accel, size),
-            *(('-S',) if paused else ()),
-            *(('-incoming', 'defer') if incoming else ()),
-            *extra_args]
+        self._args = [*args]
         self._binary = binary
         self._vm: Any = None
         self._directory: Optional[tempfile.TemporaryDirectory] = None
         self._pidfd = -1
         self.pid = -1
-        self.ram: GuestRam
 
-    def __enter__(self) -> 'Guest':
+    def __enter__(self: _T) -> _T:
         assert _machine, 'import_qemu() was not called'
         # pylint: disable=consider-using-with
         self._directory = tempfile.TemporaryDirectory(prefix='sparse-ram-')
@@ -190,8 +177,7 @@ class Guest:
             self._vm.launch()
         except (_machine.VMLaunchFailure, OSError) as err:
             raise GuestGone(
-                f'{self.name} QEMU ({self._binary}) with '
-                f'{format_size(self._size)} of RAM did not start: '
+                f'{self.describe()} did not start: '
                 f'{_last_line(self._vm.get_log()) or "it said nothing"}'
             ) from err
         self.pid = self._vm.get_pid() or -1
@@ -200,7 +186,10 @@ class Guest:
         with open(f'/proc/{self.pid}/oom_score_adj', 'w',
                   encoding='ascii') as oom_score_adj:
             oom_score_adj.write('1000')
-        self.ram = BACKENDS[self._backend].find(self.pid, self._size)
+
+    def describe(self) -> str:
+        """For a message that it did not start."""
+        return f'{self.name} QEMU ({self._binary})'
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -222,9 +211,11 @@ class Guest:
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command, return what it returns."""
-        assert _qmp
+        assert _qmp and _machine
         try:
             return self._vm.cmd(command, **arguments)
+        except _machine.QEMUMachineError as err:
+            raise GuestGone(f'{self.name} QEMU has ended') from err
         except _qmp.ExecuteError as err:
             raise GuestError(f'{self.name} QEMU: {command}: {err}') from err
         except (_qmp.QMPError, OSError, EOFError) as err:
@@ -260,6 +251,53 @@ class Guest:
         qemu = version['qemu']
         return (f'{qemu["major"]}.{qemu["minor"]}.{qemu["micro"]}'
                 f' {version["package"]}').strip()
+
+    def send_fd(self, name: str, fd: int) -> None:
+        """Give QEMU a copy of a file descriptor; fd:NAME is its address."""
+        self._vm.send_fd_scm(fd)
+        self.qmp('getfd', fdname=name)
+
+    def end(self) -> str:
+        """Kill it; returns all that it has printed."""
+        self._vm.kill()
+        return self._vm.get_log() or ''
+
+
+class Guest(Qemu):
+    """A QEMU with one memory backend."""
+
+    def __init__(self, name: str, binary: str, size: int, *,
+                 backend: str = 'memfd', accel: str = 'tcg',
+                 paused: bool = False, incoming: bool = False,
+                 extra_args: Sequence[str] = (),
+                 cgroup: Optional[Cgroup] = None):
+        """
+        size: of guest RAM, in bytes
+        backend: one of BACKENDS
+        paused: do not start the virtual CPUs (-S)
+        incoming: wait for a migration (-incoming defer)
+        extra_args: for QEMU's command line, after all others
+        cgroup: for the process to start in
+        """
+        super().__init__(name, binary, [
+            '-nodefaults', '-no-user-config',
+            '-object', f'{BACKENDS[backend].options},id={_RAM_ID},size={size}',
+            '-machine', f'q35,memory-backend={_RAM_ID},accel={accel}',
+            '-smp', '4',
+            *_cpu(accel, size),
+            *(('-S',) if paused else ()),
+            *(('-incoming', 'defer') if incoming else ()),
+            *extra_args], cgroup=cgroup)
+        self._size = size
+        self._backend = backend
+        self.ram: GuestRam
+
+    def _start(self) -> None:
+        super()._start()
+        self.ram = BACKENDS[self._backend].find(self.pid, self._size)
+
+    def describe(self) -> str:
+        return f'{super().describe()} with {format_size(self._size)} of RAM'
 
     def sample(self) -> Sample:
         """What this process and its guest RAM have allocated."""

@@ -350,6 +350,19 @@ def _pagemap_extents(pid: int, base: int, size: int,
         os.close(pagemap)
 
 
+def own_extents(pid: int, base: int, size: int) -> Iterator[Extent]:
+    """Pages that process pid shares with nobody, from address base on.
+
+    Of private memory, those that it has written; also if swapped out.
+    """
+    return _pagemap_extents(pid, base, size, _HAS_DATA)
+
+
+def mapped_extents(pid: int, base: int, size: int) -> Iterator[Extent]:
+    """Pages that are in the page tables of process pid, or swapped out."""
+    return _pagemap_extents(pid, base, size, _IS_MAPPED)
+
+
 class PrivateFileRam:
     """RAM that is a private mapping of a file (share=off).
 
