@@ -94,38 +94,6 @@ int sparse_file_is_zero(int fd, const SparseRange *range)
 }
 
 /*
- * What lseek() calls data, and what it calls a hole in front of that.  Pages
- * that are called a hole may have data for a moment, see cut_hole().
- */
-static int seek_data(int fd, const SparseRange *within, SparseRange *data)
-{
-    off_t start, end;
-
-    *data = (SparseRange) { .start = within->end, .end = within->end };
-
-    start = lseek(fd, within->start, SEEK_DATA);
-    if (start < 0) {
-        /* ENXIO: no data from here to the end of the file */
-        return errno == ENXIO ? 0 : -errno;
-    }
-    if (start >= within->end) {
-        return 0;
-    }
-
-    end = lseek(fd, start, SEEK_HOLE);
-    if (end < 0) {
-        /*
-         * ENXIO: the file lost this data, or its end, since the first call.
-         * That is another way to say that there is a hole.
-         */
-        return errno == ENXIO ? 0 : -errno;
-    }
-    data->start = start;
-    data->end = MIN(end, within->end);
-    return 0;
-}
-
-/*
  * Linux 6.5, include/uapi/linux/mman.h; not in the headers of older systems.
  * The number is not the same everywhere, on MIPS and Alpha for example.
  */
@@ -163,6 +131,87 @@ static int64_t count_pages(int fd, uint64_t start, uint64_t end)
 #else
     return -ENOSYS;
 #endif
+}
+
+/* As much as is asked about page by page where the kernel cannot count pages */
+#define PROBE_MAX (64 * MiB)
+
+/*
+ * Where the pages end that follow each other from @start on, all of which the
+ * kernel has.  It is not after @limit, and nothing behind that is looked at:
+ * lseek(SEEK_HOLE) alone would look at each page up to the next hole, which can
+ * be all of the guest's, again for each packet of multifd.
+ *
+ * @start: in a page that the kernel has
+ */
+static int find_data_end(int fd, uint64_t start, uint64_t limit, uint64_t *end)
+{
+    uint64_t page_size = qemu_real_host_page_size();
+    uint64_t step = page_size;
+    off_t hole;
+
+    *end = MIN(QEMU_ALIGN_DOWN(start, page_size) + page_size, limit);
+    while (*end < limit) {
+        uint64_t next = MIN(*end + step, limit);
+        int64_t pages = count_pages(fd, *end, next);
+
+        if (pages < 0) {
+            /* Before Linux 6.5 */
+            limit = MIN(limit, start + PROBE_MAX);
+            while (*end < limit && lseek(fd, *end, SEEK_DATA) == *end) {
+                *end = MIN(*end + page_size, limit);
+            }
+            return 0;
+        }
+        if (pages == 0) {
+            return 0;
+        }
+        if (pages * page_size < next - *end) {
+            /* There is a hole before @next, so this does not look far */
+            hole = lseek(fd, *end, SEEK_HOLE);
+            if (hole < 0) {
+                return -errno;
+            }
+            *end = MIN(MAX(hole, *end), limit);
+            return 0;
+        }
+        *end = next;
+        step *= 4;
+    }
+    return 0;
+}
+
+/*
+ * What lseek() calls data, and what it calls a hole in front of that.  Pages
+ * that are called a hole may have data for a moment, see cut_hole().
+ */
+static int seek_data(int fd, const SparseRange *within, SparseRange *data)
+{
+    off_t start;
+    int ret;
+
+    *data = (SparseRange) { .start = within->end, .end = within->end };
+
+    start = lseek(fd, within->start, SEEK_DATA);
+    if (start < 0) {
+        /* ENXIO: no data from here to the end of the file */
+        return errno == ENXIO ? 0 : -errno;
+    }
+    if (start >= within->end) {
+        return 0;
+    }
+
+    data->start = start;
+    ret = find_data_end(fd, start, within->end, &data->end);
+    if (ret < 0) {
+        *data = (SparseRange) { .start = within->end, .end = within->end };
+        /*
+         * ENXIO: the file lost this data, or its end, since the first call.
+         * That is another way to say that there is a hole.
+         */
+        return ret == -ENXIO ? 0 : ret;
+    }
+    return 0;
 }
 
 /*
