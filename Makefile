@@ -44,8 +44,12 @@ demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock
 	@$(PYTHON) scripts/demo.py
 
 .PHONY: check
-check: test-binaries ## Run all tests: unit, qtest, QEMU's own, fuzz, scripts, style
-	@$(PYTHON) scripts/run-tests unit qtest qemu fuzz scripts style
+check: test-binaries ## Run all tests: unit, qtest, QEMU's own, fuzz, random, scripts, style
+	@$(PYTHON) scripts/run-tests unit qtest qemu fuzz random scripts style
+
+.PHONY: check-long
+check-long: test-binaries ## Run what takes long: a thousand random migrations
+	@$(PYTHON) scripts/run-tests long
 
 .PHONY: check-unit
 check-unit: deps ## Run the unit tests, plain and with sanitizers (no QEMU needed)
@@ -81,6 +85,10 @@ fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--se
 .PHONY: fuzz-ram
 fuzz-ram: qemu ## The same with libFuzzer and sanitizers, in another build (FUZZ_SECONDS=600)
 	@scripts/fuzz-ram $(FUZZ_SECONDS)
+
+.PHONY: random
+random: qemu stock ## Migrate at random, compare with a model (RANDOM_ARGS='--cases 4000')
+	@$(PYTHON) tests/rig/random-migrations $(RANDOM_ARGS)
 
 .PHONY: bench
 bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)
