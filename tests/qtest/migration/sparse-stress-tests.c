@@ -17,7 +17,11 @@
  * In the end all RAM of both sides is compared, and the guest, now on the
  * destination, is asked to check it, too.
  *
- * tests/qtest/migration/mutations has changes that break the order on purpose.
+ * The full set goes through all modes with each way to log what is dirty: TCG,
+ * KVM, which clears dirty bits in chunks, and KVM with dirty rings; with the
+ * smallest chunks and those of the default size; with pages that are populated
+ * and zero before the guest writes to them; and with a guest that auto-converge
+ * slows down.
  *
  * Copyright (c) 2026 the sparse-ram project
  *
@@ -69,12 +73,6 @@ QEMU_BUILD_BUG_ON(SCRATCH_SLICE / PAGE_SIZE < PAGES_IN_A_ROW * 3 / 2);
 #define WRITER_TURN_SLOW 700000
 #define WRITER_TURN_FAST 5000
 
-/* How many pages the guest writes for each B that it says */
-#define BATCH 256
-
-/* Where its table of how often a page was written is */
-#define SPARSE_WRITER_TABLE 0x10000
-
 /* How many pages in a row, a power of 2, are populated or not */
 #define POPULATED_PAGES 512
 
@@ -93,6 +91,9 @@ QEMU_BUILD_BUG_ON(FOCUS_PAGES < PAGES_IN_A_ROW * 3);
 #define SLOW_BANDWIDTH (64 * KiB)
 #define FAST_BANDWIDTH (1 * GiB)
 
+/* Less than gets dirty, also with a KVM that is slow */
+#define THROTTLED_BANDWIDTH (2 * MiB)
+
 /* The rate limit is kept on average over this time */
 #define RATE_LIMIT_PERIOD (G_USEC_PER_SEC / 10)
 
@@ -104,6 +105,7 @@ typedef enum StressMode {
     STRESS_MULTIFD,
     STRESS_MULTIFD_LEGACY,
     STRESS_RUNS,            /* capability sparse-ram */
+    STRESS_RUNS_MULTIFD,    /* the same, and data through other channels */
     STRESS__MAX,
 } StressMode;
 
@@ -113,11 +115,45 @@ static const char *const mode_names[STRESS__MAX] = {
     [STRESS_MULTIFD] = "multifd",
     [STRESS_MULTIFD_LEGACY] = "multifd-legacy",
     [STRESS_RUNS] = "sparse-ram",
+    [STRESS_RUNS_MULTIFD] = "sparse-ram-multifd",
+};
+
+/* How the guest's writes are logged */
+typedef struct StressAccel {
+    const char *name;
+    /* Of the option -accel */
+    const char *options;
+} StressAccel;
+
+static const StressAccel accel_tcg = { "tcg", "tcg" };
+/* The only one that keeps its dirty bits until they are cleared */
+static const StressAccel accel_kvm = { "kvm", "kvm" };
+/* Large: a KVM is known that loses writes when a ring gets full */
+static const StressAccel accel_kvm_ring = {
+    "kvm-ring", "kvm,dirty-ring-size=65536"
+};
+
+/* What is done to a guest besides migrating it */
+typedef enum StressVariant {
+    STRESS_PLAIN,
+    /* Half of the pages are zero, but populated, before it writes to them */
+    STRESS_POPULATED,
+    /* Auto-converge slows it down, and not just for show */
+    STRESS_THROTTLED,
+    STRESS_VARIANT__MAX,
+} StressVariant;
+
+/* In front of "shift-N" */
+static const char *const variant_names[STRESS_VARIANT__MAX] = {
+    [STRESS_PLAIN] = "",
+    [STRESS_POPULATED] = "populated-",
+    [STRESS_THROTTLED] = "throttled-",
 };
 
 typedef struct StressTest {
-    const char *accel;
+    const StressAccel *accel;
     StressMode mode;
+    StressVariant variant;
     /* x-clear-bitmap-shift */
     unsigned shift;
     /* RAM of the guest, in bytes */
@@ -147,9 +183,15 @@ static uint64_t writer_pages(const StressTest *test)
     return (test->size - writer_base(test) - WRITER_END_GAP) / PAGE_SIZE;
 }
 
+/* With the capability sparse-ram */
+static bool has_runs(const StressTest *test)
+{
+    return test->mode == STRESS_RUNS || test->mode == STRESS_RUNS_MULTIFD;
+}
+
 static void put_parameter(uint8_t *code, unsigned address, uint32_t value)
 {
-    stl_le_p(code + address - SPARSE_WRITER_START, value);
+    stl_le_p(code + address - SPARSE_WRITER_LOAD, value);
 }
 
 /* The guest's firmware: the code is at the end of it */
@@ -157,9 +199,10 @@ static char *create_firmware(const StressTest *test)
 {
     char *path = g_strdup_printf("%s/sparse-writer", tmpfs);
     g_autofree uint8_t *rom = g_malloc0(FIRMWARE_SIZE);
-    uint8_t *code = rom + FIRMWARE_SIZE - sizeof(sparse_writer);
+    size_t length = sparse_writer_end - sparse_writer;
+    uint8_t *code = rom + FIRMWARE_SIZE - length;
 
-    memcpy(code, sparse_writer, sizeof(sparse_writer));
+    memcpy(code, sparse_writer, length);
     put_parameter(code, SPARSE_WRITER_BASE, writer_base(test));
     put_parameter(code, SPARSE_WRITER_PAGES, FOCUS_PAGES);
     put_parameter(code, SPARSE_WRITER_FOCUS_MASK, FOCUS_PAGES - 1);
@@ -222,8 +265,8 @@ static QTestState *start_guest(const StressTest *test, const char *env,
         "-accel %s -machine %s %s "
         "-global migration.x-clear-bitmap-shift=%u "
         "-nodefaults -bios %s -serial file:%s %s",
-        test->accel, machine, memory, test->shift, firmware, serial->path,
-        opts);
+        test->accel->options, machine, memory, test->shift, firmware,
+        serial->path, opts);
     QList *capabilities = qlist_new();
     QTestState *who;
 
@@ -252,6 +295,11 @@ static void set_mode(const StressTest *test, QTestState *from, QTestState *to)
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }
         break;
+    case STRESS_RUNS_MULTIFD:
+        migrate_set_both_capability(from, to, "multifd");
+        migrate_set_both_capability(from, to, "sparse-ram");
+        migrate_set_parameter_str(from, "zero-page-detection", "legacy");
+        break;
     case STRESS_RUNS:
         migrate_set_both_capability(from, to, "sparse-ram");
         break;
@@ -262,7 +310,7 @@ static void set_mode(const StressTest *test, QTestState *from, QTestState *to)
     /*
      * Auto-converge syncs the dirty bitmap on its own, from another thread and
      * in the middle of a round, if that has not been done for 5 seconds.  It
-     * has nothing else to do here.
+     * has nothing else to do here until throttled_rounds().
      */
     migrate_set_capability(from, "auto-converge", true);
     migrate_set_parameter_int(from, "cpu-throttle-initial", 1);
@@ -400,6 +448,30 @@ static void populate_zeroes(const StressTest *test, QTestState *from)
 }
 
 /*
+ * More gets dirty than can be sent, until auto-converge has slowed the guest
+ * down.  It syncs the dirty bitmap in the middle of rounds meanwhile.
+ */
+static void throttled_rounds(QTestState *from)
+{
+    int64_t start = g_get_monotonic_time();
+    int64_t percentage;
+
+    set_bandwidth(from, THROTTLED_BANDWIDTH);
+    migrate_set_parameter_int(from, "throttle-trigger-threshold", 1);
+    migrate_set_parameter_int(from, "cpu-throttle-increment", 60);
+    migrate_set_parameter_int(from, "max-cpu-throttle", 99);
+    do {
+        check_timeout(start, "the guest to be slowed down");
+        g_assert(is_active(from));
+        g_usleep(100000);
+        percentage = read_migrate_property_int(from, "cpu-throttle-percentage");
+    } while (percentage <= 60);
+    g_test_message("the guest was slowed down by %" PRId64 " percent after "
+                   "%.1f seconds", percentage,
+                   (g_get_monotonic_time() - start) / (double)G_USEC_PER_SEC);
+}
+
+/*
  * Only to a part of the pages: a page that has been lost is not to be written
  * again, and thereby to be sent again.
  */
@@ -410,6 +482,10 @@ static void fast_rounds(const StressTest *test, QTestState *from)
 
     write_parameter(from, SPARSE_WRITER_PAGES, FOCUS_PAGES);
     write_parameter(from, SPARSE_WRITER_TURN, WRITER_TURN_FAST);
+    if (test->variant == STRESS_THROTTLED) {
+        throttled_rounds(from);
+        return;
+    }
     set_bandwidth(from, FAST_BANDWIDTH);
     /* On a busy host the guest may be too slow to keep it going */
     while (syncs(from) < goal && is_active(from)) {
@@ -431,6 +507,10 @@ static void rounds_of_runs(const StressTest *test, QTestState *from)
      * that is over before QEMU has looked at the threshold would be the last.
      */
     g_usleep(3 * RATE_LIMIT_PERIOD);
+    if (test->variant == STRESS_THROTTLED) {
+        throttled_rounds(from);
+        return;
+    }
     set_bandwidth(from, FAST_BANDWIDTH);
     while (syncs(from) < test->fast_syncs && is_active(from)) {
         check_timeout(start, "the dirty bitmap to be synced");
@@ -505,14 +585,14 @@ static void test_stress(const void *opaque)
                      &dst_state, "-S -incoming defer");
     set_mode(test, from, to);
     migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
-    if (test->mode == STRESS_RUNS) {
+    if (has_runs(test) || test->variant == STRESS_POPULATED) {
         populate_zeroes(test, from);
     }
     qtest_qmp_assert_success(from, "{ 'execute': 'cont' }");
     wait_for_beats(&src_serial, 1);
     written = src_serial.beats;
 
-    if (test->mode == STRESS_RUNS) {
+    if (has_runs(test)) {
         write_parameter(from, SPARSE_WRITER_PAGES, writer_pages(test));
         write_parameter(from, SPARSE_WRITER_TURN, WRITER_TURN_FAST);
     }
@@ -521,7 +601,7 @@ static void test_stress(const void *opaque)
     set_threshold(from, 0);
     migrate_qmp(from, to, NULL, NULL, "{}");
 
-    if (test->mode == STRESS_RUNS) {
+    if (has_runs(test)) {
         rounds_of_runs(test, from);
     } else {
         slow_round(test, from);
@@ -535,7 +615,8 @@ static void test_stress(const void *opaque)
     read_serial(&src_serial);
     g_test_message("%" PRIu64 " syncs, the guest has written to %" PRIu64
                    " pages meanwhile, %" PRIu64 " holes were sent",
-                   syncs(from), (src_serial.beats - written) * BATCH,
+                   syncs(from),
+                   (src_serial.beats - written) * SPARSE_WRITER_BATCH,
                    (uint64_t)read_ram_property_int(from, "holes"));
 
     compare_ram(test, from, to);
@@ -571,7 +652,6 @@ typedef struct PostcopyStress {
 /* Fast enough for the data that the guest has written, until the switch */
 #define PRECOPY_BANDWIDTH (1 * MiB)
 
-/* Slow enough that the guest writes to a page less than 256 times */
 #define WRITER_TURN_POSTCOPY 50000
 
 /* Let the first round come half way, in holes */
@@ -619,7 +699,8 @@ static void break_and_recover(QTestState *from, QTestState *to)
 static void check_untouched(const StressTest *test, QTestState *to)
 {
     uint64_t first = writer_base(test) / PAGE_SIZE;
-    g_autofree uint8_t *table = g_malloc(writer_pages(test));
+    size_t table_size = writer_pages(test) * sizeof(uint32_t);
+    g_autofree uint32_t *table = g_malloc(table_size);
     g_autofree unsigned long *touched = NULL;
     g_autofree unsigned long *allocated = NULL;
     uint64_t page, untouched = 0, bad = 0, unit;
@@ -627,8 +708,8 @@ static void check_untouched(const StressTest *test, QTestState *to)
 
     guest_ram_init(&ram, BACKEND_MEMFD, test->size);
     guest_ram_open(&ram, to);
-    g_assert_cmpint(pread(ram.fd, table, writer_pages(test),
-                          SPARSE_WRITER_TABLE), ==, writer_pages(test));
+    g_assert_cmpint(pread(ram.fd, table, table_size, SPARSE_WRITER_TABLE),
+                    ==, table_size);
     allocated = guest_ram_allocated_pages(&ram);
     unit = guest_ram_allocation_unit(&ram) / ram.page_size;
     touched = bitmap_new(guest_ram_pages(&ram));
@@ -724,7 +805,7 @@ static void add_postcopy_stress(const char *name, const char *first,
 
     *stress = (PostcopyStress) {
         .guest = {
-            .accel = "tcg",
+            .accel = &accel_tcg,
             .shift = SHIFT_DEFAULT,
             .size = 256 * MiB,
             .slow_syncs = 3,
@@ -735,18 +816,19 @@ static void add_postcopy_stress(const char *name, const char *first,
     qtest_add_data_func_full(path, stress, test_postcopy_stress, g_free);
 }
 
-static void add_stress(const char *accel, StressMode mode, unsigned shift,
-                       bool is_long)
+static void add_stress(const StressAccel *accel, StressMode mode,
+                       StressVariant variant, unsigned shift, bool is_long)
 {
     StressTest *test = g_new(StressTest, 1);
     g_autofree char *path =
-        g_strdup_printf("/migration/sparse/stress/%s/%s/%s/shift-%u",
-                        is_long ? "long" : "short", accel, mode_names[mode],
-                        shift);
+        g_strdup_printf("/migration/sparse/stress/%s/%s/%s/%sshift-%u",
+                        is_long ? "long" : "short", accel->name,
+                        mode_names[mode], variant_names[variant], shift);
 
     *test = (StressTest) {
         .accel = accel,
         .mode = mode,
+        .variant = variant,
         .shift = shift,
         .size = is_long ? 1 * GiB : 512 * MiB,
         .slow_syncs = is_long ? 8 : 3,
@@ -755,13 +837,15 @@ static void add_stress(const char *accel, StressMode mode, unsigned shift,
     qtest_add_data_func_full(path, test, test_stress, g_free);
 }
 
-static void add_long(const char *accel)
+static void add_long(const StressAccel *accel)
 {
     StressMode mode;
 
     for (mode = 0; mode < STRESS__MAX; mode++) {
-        add_stress(accel, mode, SHIFT_MIN, true);
-        add_stress(accel, mode, SHIFT_DEFAULT, true);
+        add_stress(accel, mode, STRESS_PLAIN, SHIFT_MIN, true);
+        add_stress(accel, mode, STRESS_PLAIN, SHIFT_DEFAULT, true);
+        add_stress(accel, mode, STRESS_POPULATED, SHIFT_MIN, true);
+        add_stress(accel, mode, STRESS_THROTTLED, SHIFT_MIN, true);
     }
 }
 
@@ -770,9 +854,10 @@ void migration_test_add_sparse_stress(MigrationTestEnv *env)
     tmpfs = env->tmpfs;
 
     if (env->has_tcg) {
-        add_stress("tcg", STRESS_PRECOPY, SHIFT_DEFAULT, false);
-        add_stress("tcg", STRESS_MULTIFD, SHIFT_MIN, false);
-        add_stress("tcg", STRESS_RUNS, SHIFT_MIN, false);
+        add_stress(&accel_tcg, STRESS_PRECOPY, STRESS_PLAIN, SHIFT_DEFAULT,
+                   false);
+        add_stress(&accel_tcg, STRESS_MULTIFD, STRESS_PLAIN, SHIFT_MIN, false);
+        add_stress(&accel_tcg, STRESS_RUNS, STRESS_PLAIN, SHIFT_MIN, false);
     }
     if (env->has_tcg && env->has_uffd) {
         add_postcopy_stress("plain", NULL, NULL, false);
@@ -786,10 +871,12 @@ void migration_test_add_sparse_stress(MigrationTestEnv *env)
         return;
     }
     if (env->has_tcg) {
-        add_long("tcg");
+        add_long(&accel_tcg);
     }
-    /* The only one that keeps its dirty bits until they are cleared */
     if (env->has_kvm) {
-        add_long("kvm");
+        add_long(&accel_kvm);
+    }
+    if (env->has_dirty_ring) {
+        add_long(&accel_kvm_ring);
     }
 }

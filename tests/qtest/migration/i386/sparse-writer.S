@@ -1,52 +1,87 @@
-# SPDX-License-Identifier: GPL-2.0-or-later
-#
-# Firmware, and all there is, of the guest that sparse-stress-tests.c migrates.
-# A BIOS would take longer to start than the test, and would use RAM.
-#
-# It writes to pages in pseudo-random order, at a limited rate, for ever.  What
-# a page has to hold follows from its number and from how often it was written,
-# its generation, which is kept in a table of one byte a page.  Before a page is
-# written again it is checked.  Each fourth write makes it a page of zeroes.
-#
-# What is said on the serial port:
-#   B  another batch of pages was written, and no page was found to be wrong
-#   V  the host set "verify", and all pages are right
-#   X  a page is wrong; the guest has stopped
-#
-# The test sets the parameters at the end of the first 512 bytes before it starts
-# the guest, and some of them in the guest's RAM while it runs.
-#
-# Copyright (c) 2026 the sparse-ram project
+/*
+ * Firmware, and all there is, of the guest that sparse-stress-tests.c migrates
+ *
+ * A BIOS would take longer to start than the test, and would use RAM.
+ *
+ * It writes to pages in pseudo-random order, at a limited rate, for ever.  The
+ * writes are numbered, and what a page has to hold follows from the number of
+ * the last write to it, which is kept in a table, and from its own number.
+ * Before a page is written again it is checked.
+ *
+ * A page has the sequence number of the write, then words that follow from that
+ * and from the number of the page, and at its end their checksum.  Each fourth
+ * write makes it a page of zeroes.
+ *
+ * What is said on the serial port:
+ *   B  another batch of pages was written, and no page was found to be wrong
+ *   V  the host set "verify", and all pages are right
+ *   X  a page is wrong; the guest has stopped
+ *
+ * This is assembled as data of the test program, for the processor of an x86
+ * host.  It runs elsewhere: so that nothing has to be relocated, each address is
+ * a difference of two labels.
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "sparse-writer.h"
+
+#define ADDRESS(label) (label - sparse_writer + SPARSE_WRITER_LOAD)
 
 #define COM1            0x3f8
-#define BATCH           256             /* pages written for each B */
-#define TABLE           0x10000         /* up to 0x80000: 448 Ki pages, 1.75 GiB */
-#define LOAD            0x7c00          /* where in RAM this runs */
-#define STACK           LOAD
-#define LENGTH          512             /* of what is copied to RAM */
+#define STACK           SPARSE_WRITER_LOAD
 
 #define CODE_SELECTOR   0x08
 #define DATA_SELECTOR   0x10
 
-/* Where the words are that are written to a page and checked */
-#define WORD0           0
-#define WORD1           1364
-#define WORD2           4092
+#define PAGE_SHIFT      12
+#define PAGE_MASK       0xfff
+#define STRIDE          512             /* from word to word of a page */
+
+        .section .rodata.sparse_writer, "a"
+        .globl  sparse_writer
+        .globl  sparse_writer_end
 
         .code16
-        .text
-        .org    LOAD
-start:
+sparse_writer:
+        jmp     start16
+
+        .org    SPARSE_WRITER_PARAMETERS - SPARSE_WRITER_LOAD
+base:           .long   0x01000000
+pages:          .long   1024
+turn:           .long   100000
+seed:           .long   1
+focus:          .long   0
+focus_mask:     .long   0xfff
+verify:         .long   0
+        .org    SPARSE_WRITER_PARAMETERS_END - SPARSE_WRITER_LOAD
+
+        /* Of the last write */
+sequence:       .long   0
+
+        .p2align 3
+gdt:
+        .quad   0
+        .quad   0x00cf9a000000ffff      /* code: 32 bit, from 0, 4 GiB */
+        .quad   0x00cf92000000ffff      /* data: the same */
+gdt_end:
+gdt_pointer:
+        .word   gdt_end - gdt - 1
+        .long   ADDRESS(gdt)
+
+start16:
         xorw    %ax, %ax
         movw    %ax, %ds
-        inb     $0x92, %al              # A20
+        inb     $0x92, %al              /* A20 */
         orb     $2, %al
         outb    %al, $0x92
-        lgdtl   gdt_pointer
+        lgdtl   ADDRESS(gdt_pointer)
         movl    %cr0, %eax
-        orb     $1, %al                 # protected mode
+        orb     $1, %al                 /* protected mode */
         movl    %eax, %cr0
-        ljmpl   $CODE_SELECTOR, $start32
+        ljmpl   $CODE_SELECTOR, $ADDRESS(start32)
 
         .code32
 start32:
@@ -56,95 +91,109 @@ start32:
         movw    %ax, %ss
         movl    $STACK, %esp
 
-        movl    $TABLE, %edi            # no page has been written yet
-        movl    pages, %ecx
-        xorl    %eax, %eax
-        rep stosb
-
-        xorl    %ebp, %ebp              # pages written
-
-        # One page a turn
+        /* One page a turn */
 main_loop:
-        cmpb    $0, verify
+        cmpl    $0, ADDRESS(verify)
         jne     verify_all
 
-        # Which page: the upper half of seed * pages is evenly distributed
-        imull   $1664525, seed, %eax
+        /* Which: the upper half of seed * pages is evenly distributed */
+        imull   $1664525, ADDRESS(seed), %eax
         addl    $1013904223, %eax
-        movl    %eax, seed
+        movl    %eax, ADDRESS(seed)
         movl    %eax, %ecx
-        mull    pages
+        mull    ADDRESS(pages)
         movl    %edx, %esi
         testb   $0x60, %ch
         jnz     1f
-        shrl    $16, %ecx               # each fourth is one of those that the
-        andl    focus_mask, %ecx        # test wants most
-        addl    focus, %ecx
+        shrl    $16, %ecx               /* each fourth is one of those that */
+        andl    ADDRESS(focus_mask), %ecx   /* the test wants most */
+        addl    ADDRESS(focus), %ecx
         movl    %ecx, %esi
 1:
-        movzbl  TABLE(%esi), %ebx
-        testl   %ebx, %ebx              # reading an untouched page would
-        jz      2f                      # populate it before it is written
+        movl    SPARSE_WRITER_TABLE(, %esi, 4), %ebx
+        testl   %ebx, %ebx              /* reading an untouched page would */
+        jz      2f                      /* populate it before it is written */
         call    check_page
 2:
+        movl    ADDRESS(sequence), %ebx
         incl    %ebx
-        call    expected
-        movl    %eax, WORD0(%edi)
-        movl    %eax, WORD1(%edi)
-        movl    %eax, WORD2(%edi)
-        movb    %bl, TABLE(%esi)
+        movl    %ebx, ADDRESS(sequence)
+        call    write_page
+        movl    %ebx, SPARSE_WRITER_TABLE(, %esi, 4)
 
-        incl    %ebp
-        testl   $(BATCH - 1), %ebp
+        testl   $(SPARSE_WRITER_BATCH - 1), %ebx
         jnz     3f
         movb    $'B', %al
         call    say
 3:
-        # Wait, in ticks of the time-stamp counter
         rdtsc
         movl    %eax, %ecx
 4:
         pause
         rdtsc
         subl    %ecx, %eax
-        cmpl    turn, %eax
+        cmpl    ADDRESS(turn), %eax
         jb      4b
         jmp     main_loop
 
 verify_all:
         xorl    %esi, %esi
 1:
-        movzbl  TABLE(%esi), %ebx
+        movl    SPARSE_WRITER_TABLE(, %esi, 4), %ebx
         call    check_page
         incl    %esi
-        cmpl    pages, %esi
+        cmpl    ADDRESS(pages), %esi
         jb      1b
-        movb    $0, verify
+        movl    $0, ADDRESS(verify)
         movb    $'V', %al
         call    say
         jmp     main_loop
 
-# What page %esi has to hold in generation %bl: its address in %edi, the word in
-# %eax.  Zero in each fourth generation, and so for a page that was not written.
+        /*
+         * What page %esi has to hold after write %ebx: its address in %edi, the
+         * first word in %eax, what is added to it for each next one in %edx.
+         * %ecx is where the checksum begins.
+         */
 expected:
         movl    %esi, %edi
-        shll    $12, %edi
-        addl    base, %edi
+        shll    $PAGE_SHIFT, %edi
+        addl    ADDRESS(base), %edi
         xorl    %eax, %eax
+        xorl    %ecx, %ecx
+        xorl    %edx, %edx
         testb   $3, %bl
         jz      1f
-        imull   $0x9e3779b1, %esi, %eax
-        movb    %bl, %al                # not zero: %bl is not
+        movl    %ebx, %eax
+        imull   $0x9e3779b1, %esi, %edx
+        incl    %edx
 1:
+        ret
+
+write_page:
+        call    expected
+1:
+        movl    %eax, (%edi)
+        roll    $5, %ecx
+        addl    %eax, %ecx
+        addl    %edx, %eax
+        addl    $STRIDE, %edi
+        testl   $PAGE_MASK, %edi
+        jnz     1b
+        movl    %ecx, -4(%edi)
         ret
 
 check_page:
         call    expected
-        cmpl    %eax, WORD0(%edi)
+1:
+        cmpl    %eax, (%edi)
         jne     wrong
-        cmpl    %eax, WORD1(%edi)
-        jne     wrong
-        cmpl    %eax, WORD2(%edi)
+        roll    $5, %ecx
+        addl    %eax, %ecx
+        addl    %edx, %eax
+        addl    $STRIDE, %edi
+        testl   $PAGE_MASK, %edi
+        jnz     1b
+        cmpl    %ecx, -4(%edi)
         jne     wrong
         ret
 
@@ -159,44 +208,28 @@ say:
         movw    $COM1, %dx
         outb    %al, %dx
         ret
+loaded_end:
 
-        .p2align 3
-gdt:
-        .quad   0
-        .quad   0x00cf9a000000ffff      # code: 32 bit, from 0, 4 GiB
-        .quad   0x00cf92000000ffff      # data: the same
-gdt_end:
-gdt_pointer:
-        .word   gdt_end - gdt - 1
-        .long   gdt
-
-        # Parameters
-        .p2align 2
-base:           .long   0x01000000      # address of the first page
-pages:          .long   1024            # number of pages
-turn:           .long   100000          # ticks of the TSC to wait between writes
-seed:           .long   1
-focus:          .long   0               # first of the pages that are written most
-focus_mask:     .long   0xfff           # number of them, less one
-verify:         .long   0               # not 0: check all pages, once
-
-        .org    LOAD + LENGTH
-
-        # This part stays in the ROM, of which it is the end.  The processor
-        # starts in the last 16 bytes of the segment that %cs is for.
+        /*
+         * This part stays in the ROM, of which it is the end.  The processor
+         * starts in the last 16 bytes of the segment that %cs is for.
+         */
         .code16
 copy_to_ram:
         cli
         cld
         xorw    %ax, %ax
         movw    %ax, %es
-        movw    $(start - rom_end), %si
-        movw    $LOAD, %di
-        movw    $LENGTH, %cx
+        movw    $(sparse_writer - sparse_writer_end), %si
+        movw    $SPARSE_WRITER_LOAD, %di
+        movw    $(loaded_end - sparse_writer), %cx
         rep movsb %cs:(%si), %es:(%di)
-        ljmpw   $0, $LOAD
+        ljmpw   $0, $SPARSE_WRITER_LOAD
 
-        .org    LOAD + 2 * LENGTH - 16
+        .p2align 4
+entry:
         jmp     copy_to_ram
-        .org    LOAD + 2 * LENGTH
-rom_end:
+        .org    entry - sparse_writer + 16
+sparse_writer_end:
+
+        .section .note.GNU-stack, "", @progbits
