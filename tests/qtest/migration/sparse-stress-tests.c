@@ -411,6 +411,7 @@ static void slow_round(const StressTest *test, QTestState *from)
     int64_t start = g_get_monotonic_time();
     uint64_t slice = SCRATCH_BASE;
     uint64_t pages = writer_pages(test), page;
+    unsigned strikes;
 
     while ((page = write_behind(test, from)) < pages) {
         check_timeout(start, "the first round");
@@ -421,13 +422,16 @@ static void slow_round(const StressTest *test, QTestState *from)
         }
         g_usleep(10000);
     }
-    g_assert_cmpuint(slice, ==, writer_base(test));
-    /* It must not end before it is allowed to */
-    g_assert(is_active(from));
-    g_test_message("%" PRIu64 " syncs in a first round of %.1f seconds, "
-                   "which found %" PRId64 " holes", syncs(from),
+    strikes = (slice - SCRATCH_BASE) / SCRATCH_SLICE;
+    g_test_message("%u of %u strikes, %" PRIu64 " syncs in a first round of "
+                   "%.1f seconds, which found %" PRId64 " holes", strikes,
+                   test->slow_syncs, syncs(from),
                    (g_get_monotonic_time() - start) / (double)G_USEC_PER_SEC,
                    read_ram_property_int(from, "holes"));
+    /* On a busy host the round goes on while the test does not */
+    g_assert_cmpuint(strikes, >, 0);
+    /* It must not end before it is allowed to */
+    g_assert(is_active(from));
 }
 
 /* Half of the pages that the guest is going to write to get populated */
