@@ -391,7 +391,7 @@ static void strike(const StressTest *test, QTestState *from, uint64_t slice)
     write_parameter(from, SPARSE_WRITER_FOCUS, page);
     qtest_memset(from, slice, 1, SCRATCH_SLICE);
     set_threshold(from, read_ram_property_int(from, "remaining"));
-    while (syncs(from) == before) {
+    while (syncs(from) == before && is_active(from)) {
         check_timeout(start, "the dirty bitmap to be synced");
         g_usleep(1000);
     }
@@ -399,14 +399,21 @@ static void strike(const StressTest *test, QTestState *from, uint64_t slice)
     write_behind(test, from);
 
     /* Get behind what has been written, and into the next hole */
-    while (first_round_page(test, from) < page + FOCUS_PAGES) {
+    while (first_round_page(test, from) < page + FOCUS_PAGES &&
+           is_active(from)) {
         check_timeout(start, "the first round");
         g_usleep(10000);
     }
 }
 
-/* A first round that takes its time, with syncs in the middle of it */
-static void slow_round(const StressTest *test, QTestState *from)
+/*
+ * A first round that takes its time, with syncs in the middle of it
+ *
+ * On a busy host the round goes on while the test does not, and then there is
+ * less left to be sent than the test has asked to stop at.  Returns whether the
+ * migration is still active.
+ */
+static bool slow_round(const StressTest *test, QTestState *from)
 {
     int64_t start = g_get_monotonic_time();
     uint64_t slice = SCRATCH_BASE;
@@ -415,6 +422,9 @@ static void slow_round(const StressTest *test, QTestState *from)
 
     while ((page = write_behind(test, from)) < pages) {
         check_timeout(start, "the first round");
+        if (!is_active(from)) {
+            return false;
+        }
         if (page > FOCUS_PAGES && page + 2 * FOCUS_PAGES < pages &&
             slice < writer_base(test)) {
             strike(test, from, slice);
@@ -428,10 +438,7 @@ static void slow_round(const StressTest *test, QTestState *from)
                    test->slow_syncs, syncs(from),
                    (g_get_monotonic_time() - start) / (double)G_USEC_PER_SEC,
                    read_ram_property_int(from, "holes"));
-    /* On a busy host the round goes on while the test does not */
-    g_assert_cmpuint(strikes, >, 0);
-    /* It must not end before it is allowed to */
-    g_assert(is_active(from));
+    return strikes && is_active(from);
 }
 
 /* Half of the pages that the guest is going to write to get populated */
@@ -581,6 +588,7 @@ static void test_stress(const void *opaque)
     Serial dst_serial = { .path = dst_path };
     QTestMigrationState src_state = { }, dst_state = { };
     QTestState *from, *to;
+    bool in_time = true;
     uint64_t written;
 
     from = start_guest(test, "QTEST_QEMU_BINARY_SRC", firmware, &src_serial,
@@ -607,9 +615,10 @@ static void test_stress(const void *opaque)
 
     if (has_runs(test)) {
         rounds_of_runs(test, from);
-    } else {
-        slow_round(test, from);
+    } else if (slow_round(test, from)) {
         fast_rounds(test, from);
+    } else {
+        in_time = false;
     }
     migrate_ensure_converge(from);
     set_threshold(from, 1 * GiB);
@@ -623,7 +632,13 @@ static void test_stress(const void *opaque)
                    (src_serial.beats - written) * SPARSE_WRITER_BATCH,
                    (uint64_t)read_ram_property_int(from, "holes"));
 
-    compare_ram(test, from, to);
+    /* What the test has written to the source in vain would be a difference */
+    if (in_time) {
+        compare_ram(test, from, to);
+    } else {
+        g_test_skip("the host was too busy: the first round was over before "
+                    "the guest could write into it (its own check is done)");
+    }
     g_assert_cmpuint(src_serial.beats, >, written);
 
     qtest_quit(from);
