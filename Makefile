@@ -78,6 +78,14 @@ test-binaries: deps
 check-mutations: deps ## Break the code on purpose; the stress test has to notice (minutes)
 	@scripts/check-mutations
 
+.PHONY: check-guests
+check-guests: test-binaries ## Stress all modes with guests that write, TCG and KVM (half an hour)
+	@$(PYTHON) scripts/run-tests guests_long
+
+.PHONY: real-guest
+real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GUEST_ARGS=--rounds 5)
+	@$(PYTHON) tests/rig/real-guest $(REAL_GUEST_ARGS)
+
 .PHONY: fuzz
 fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--seconds 600)
 	@$(PYTHON) scripts/fuzz-stream $(FUZZ_ARGS)
