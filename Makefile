@@ -80,7 +80,7 @@ check-mutations: deps ## Break the code on purpose; the stress test has to notic
 
 .PHONY: check-guests
 check-guests: test-binaries ## Stress all modes with guests that write, TCG and KVM (half an hour)
-	@$(PYTHON) scripts/run-tests guests_long
+	@$(PYTHON) scripts/run-tests guests-long
 
 .PHONY: real-guest
 real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GUEST_ARGS=--rounds 5)
