@@ -44,11 +44,11 @@ demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock
 	@$(PYTHON) scripts/demo.py
 
 .PHONY: check
-check: test-binaries ## Run all tests: unit, qtest, QEMU's own, fuzz, random, scripts, style
-	@$(PYTHON) scripts/run-tests unit qtest qemu fuzz random scripts style
+check: test-binaries rig ## Run all tests: unit, qtest, QEMU's own, fuzz, random, faults, style ...
+	@$(PYTHON) scripts/run-tests unit qtest qemu fuzz random faults scripts style
 
 .PHONY: check-long
-check-long: test-binaries ## Run what takes long: a thousand random migrations
+check-long: test-binaries rig ## Run what takes hours: random migrations and faults, guests that run
 	@$(PYTHON) scripts/run-tests long
 
 .PHONY: check-unit
@@ -73,6 +73,17 @@ check-style: source ## Check code, patches and scripts for style; run the script
 test-binaries: deps
 	@scripts/build-qemu patched $(test_binaries)
 	@scripts/build-qemu stock
+
+.PHONY: rig
+rig: build/10.0/rig/fail-calls.so
+
+build/10.0/rig/fail-calls.so: tests/rig/fail-calls.c
+	@mkdir -p $(@D)
+	@$(CC) -O2 -Wall -Wextra -shared -fPIC -o $@ $<
+
+.PHONY: faults
+faults: qemu rig ## Let migrations fail in all ways (FAULTS_ARGS='--cases 500'; --help has more)
+	@$(PYTHON) tests/rig/faults $(FAULTS_ARGS)
 
 .PHONY: check-mutations
 check-mutations: deps ## Break the code on purpose; the stress test has to notice (minutes)
