@@ -27,9 +27,16 @@ ANALYZE = os.path.abspath(os.path.join(
     'scripts/analyze-migration.py'))
 
 
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(ROOT, 'scripts'))
+# pylint: disable=wrong-import-position
+from sparseram.stream import (MEM_SIZE, MULTIFD_FLUSH, PAGE,  # noqa: E402
+                              RAM_HEADER, SECTION_FOOTER, SECTION_PART,
+                              SECTION_START)
+
+
 def load_script():
     """scripts/fuzz-stream as a module; its name cannot be imported."""
-    sys.dont_write_bytecode = True
     loader = importlib.machinery.SourceFileLoader(
         'fuzz_stream', os.path.join(ROOT, 'scripts/fuzz-stream'))
     spec = importlib.util.spec_from_loader('fuzz_stream', loader)
@@ -39,10 +46,9 @@ def load_script():
 
 
 fuzz = load_script()
-PAGE = fuzz.PAGE
 NAME = bytes([len(fuzz.BLOCK)]) + fuzz.BLOCK
 SECTION = struct.pack('>I', 2)
-FOOTER = bytes([fuzz.SECTION_FOOTER]) + SECTION
+FOOTER = bytes([SECTION_FOOTER]) + SECTION
 
 
 def u64(value: int) -> bytes:
@@ -62,10 +68,10 @@ def data(offset: int, name: bytes = NAME) -> bytes:
 
 def stream(*records: bytes) -> bytes:
     """A stream with these records in a section of their own."""
-    sizes = u64(fuzz.RAM_SIZE | fuzz.MEM_SIZE) + NAME + u64(fuzz.RAM_SIZE)
-    return (b'QEVM' + bytes([fuzz.SECTION_START]) + SECTION + fuzz.RAM_HEADER +
+    sizes = u64(fuzz.RAM_SIZE | MEM_SIZE) + NAME + u64(fuzz.RAM_SIZE)
+    return (b'QEVM' + bytes([SECTION_START]) + SECTION + RAM_HEADER +
             sizes + END + FOOTER +
-            bytes([fuzz.SECTION_PART]) + SECTION + b''.join(records) + END +
+            bytes([SECTION_PART]) + SECTION + b''.join(records) + END +
             FOOTER)
 
 
@@ -74,12 +80,12 @@ class Parsing(unittest.TestCase):
         records = [
             data(0), run_of(PAGE, 7), u64(PAGE | fuzz.ZERO) + NAME + b'\0',
             u64(PAGE | fuzz.ZERO | fuzz.CONTINUE) + b'\0',
-            u64(fuzz.XBZRLE) + NAME + b'\1\0\3abc', u64(fuzz.MULTIFD_FLUSH)]
+            u64(fuzz.XBZRLE) + NAME + b'\1\0\3abc', u64(MULTIFD_FLUSH)]
         parsed = fuzz.Stream(stream(*records))
         self.assertEqual(parsed.records, records + [END])
         self.assertTrue(stream(*records).startswith(parsed.head))
         self.assertTrue(parsed.head.endswith(
-            bytes([fuzz.SECTION_PART]) + SECTION))
+            bytes([SECTION_PART]) + SECTION))
 
     def test_no_ram(self):
         with self.assertRaisesRegex(fuzz.StreamError, 'no section of RAM'):
