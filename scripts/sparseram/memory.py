@@ -551,7 +551,7 @@ def write_data(ram: GuestRam, amount: int) -> int:
     fd = ram.open()
     try:
         taken = list(ram.extents(fd))
-        for start, end in _without(data_layout(ram.size, amount), taken):
+        for start, end in without(data_layout(ram.size, amount), taken):
             for offset in range(start, end, PAGE_SIZE):
                 page = offset.to_bytes(8, 'little') + noise[8:]
                 written += os.pwrite(fd, page, ram.base + offset)
@@ -560,7 +560,7 @@ def write_data(ram: GuestRam, amount: int) -> int:
     return written
 
 
-def _without(extents: Iterable[Extent],
+def without(extents: Iterable[Extent],
              taken: Iterable[Extent]) -> Iterator[Extent]:
     """What is left of extents when the taken ones are cut out."""
     taken = merge_extents(taken, ())

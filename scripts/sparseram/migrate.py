@@ -212,7 +212,7 @@ def listen(destination: Guest) -> str:
     return f'tcp:{address["host"]}:{address["port"]}'
 
 
-def _settle(guest: Guest, limit: float = 5.0, quiet: float = 0.5) -> None:
+def settle(guest: Guest, limit: float = 5.0, quiet: float = 0.5) -> None:
     """Wait until the firmware has booted: no allocation for a while."""
     deadline = time.monotonic() + limit
     last = None
@@ -289,7 +289,7 @@ def migrate_once(config: MigrateConfig,
          watched((source, destination), config.memory_floor,
                  config.timeout) as watchdog:
         if not config.paused:
-            _settle(source)
+            settle(source)
         memory.write_data(source.ram, config.data)
         address = _set_up(source, destination, config)
         before = source.sample(), destination.sample()

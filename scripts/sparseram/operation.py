@@ -28,6 +28,15 @@ _BANDWIDTH = 1 << 40            # bytes per second
 _CLOCK_TICKS = os.sysconf('SC_CLK_TCK')
 
 
+def wait_until(done: Callable[[], bool], watchdog: Watchdog) -> None:
+    """Poll; raises MigrationAborted when the watchdog says so."""
+    while not done():
+        if watchdog.tripped:
+            # Also ends what has to be cancelled: the guests are killed
+            raise MigrationAborted(watchdog.tripped)
+        time.sleep(_POLL_INTERVAL)
+
+
 @dataclass
 class Session:
     """The guests of one measurement, ready for the operation.
@@ -42,11 +51,7 @@ class Session:
 
     def wait_until(self, done: Callable[[], bool]) -> None:
         """Poll; raises MigrationAborted when the watchdog says so."""
-        while not done():
-            if self.watchdog.tripped:
-                # Also ends what has to be cancelled: the guests are killed
-                raise MigrationAborted(self.watchdog.tripped)
-            time.sleep(_POLL_INTERVAL)
+        wait_until(done, self.watchdog)
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,12 @@ class OverTcp:
     """A migration from the source to the destination, through loopback.
 
     postcopy: switch to postcopy as soon as it has started.
+    meanwhile: called once it has started.
     """
     capabilities: Tuple[str, ...] = ()
     parameters: Dict[str, Any] = field(default_factory=dict)
     postcopy: bool = False
+    meanwhile: Optional[Callable[[Session], None]] = None
     loads = True
     must_have_run = False
 
@@ -122,6 +129,8 @@ class OverTcp:
         address = listen(session.destination)
         started = time.monotonic()
         _start(session.source, address)
+        if self.meanwhile:
+            self.meanwhile(session)
         if self.postcopy:
             session.source.qmp('migrate-start-postcopy')
         info = _wait_for_migration(session, session.source)
@@ -140,10 +149,12 @@ class ToFile:
     """A migration of the source to a file, which the destination then loads.
 
     saving: capabilities that only the source has.
+    piped: let cat write and read the file, as a QEMU older than 8.2 needs.
     """
     capabilities: Tuple[str, ...] = ()
     saving: Tuple[str, ...] = ()
     parameters: Dict[str, Any] = field(default_factory=dict)
+    piped: bool = False
     loads = True
 
     @property
@@ -156,13 +167,15 @@ class ToFile:
         parameters = {'max-bandwidth': _BANDWIDTH, **self.parameters}
         configure(session.source, self.capabilities + self.saving, parameters)
         configure(session.destination, self.capabilities, parameters)
-        uri = 'file:' + os.path.join(session.directory, 'state')
+        path = os.path.join(session.directory, 'state')
+        save, load = (('exec:cat >', 'exec:cat ') if self.piped
+                      else ('file:', 'file:'))
 
         started = time.monotonic()
-        _start(session.source, uri)
+        _start(session.source, save + path)
         info = _wait_for_migration(session, session.source)
         saved = time.monotonic()
-        session.destination.qmp('migrate-incoming', uri=uri)
+        session.destination.qmp('migrate-incoming', uri=load + path)
         _wait_for_migration(session, session.destination)
         return Times(info['total-time'] / 1000, saved - started,
                      time.monotonic() - saved, info['ram'])
