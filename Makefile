@@ -44,8 +44,8 @@ demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock
 	@$(PYTHON) scripts/demo.py
 
 .PHONY: check
-check: test-binaries rig ## Run all tests: unit, qtest, QEMU's own, fuzz, random, faults, style ...
-	@$(PYTHON) scripts/run-tests unit qtest qemu fuzz random faults scripts style
+check: test-binaries rig ## Run all tests that do not take hours (scripts/run-tests --help lists them)
+	@$(PYTHON) scripts/run-tests all
 
 .PHONY: check-long
 check-long: test-binaries rig ## Run what takes hours: random migrations and faults, guests that run
@@ -63,6 +63,10 @@ check-qtest: test-binaries ## Run this project's migration tests, against patche
 check-qemu: deps ## Run QEMU's own migration-test (its default set) on the patched build
 	@scripts/build-qemu patched $(test_binaries)
 	@$(PYTHON) scripts/run-tests qemu
+
+.PHONY: check-old-new
+check-old-new: test-binaries ## Migrate between old and new QEMUs (also 7.2), compare streams (minutes)
+	@$(PYTHON) scripts/run-tests old-new-long
 
 .PHONY: check-style
 check-style: source ## Check code, patches and scripts for style; run the scripts' tests
