@@ -36,22 +36,6 @@ static int find_data_shmem(RAMBlock *rb, const SparseRange *within,
     return ret;
 }
 
-bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset)
-{
-#ifdef CONFIG_LINUX
-    unsigned char resident;
-
-    /*
-     * For hugetlbfs, mincore() looks at the page tables and no further (Linux,
-     * mincore_hugetlb() in mm/mincore.c).
-     */
-    return mincore(rb->host + offset, qemu_real_host_page_size(),
-                   &resident) == 0 && (resident & 1);
-#else
-    return true;
-#endif
-}
-
 /*
  * Nobody tells the extents of hugetlbfs.  Look at one huge page: if it is not
  * mapped it may still have been written by another process, so read the file.

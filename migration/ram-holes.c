@@ -136,6 +136,22 @@ void ram_holes_setup(void)
     }
 }
 
+bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset)
+{
+#ifdef CONFIG_LINUX
+    unsigned char resident;
+
+    /*
+     * For hugetlbfs, mincore() looks at the page tables and no further (Linux,
+     * mincore_hugetlb() in mm/mincore.c).
+     */
+    return mincore(rb->host + offset, qemu_real_host_page_size(),
+                   &resident) == 0 && (resident & 1);
+#else
+    return true;
+#endif
+}
+
 bool ram_block_may_punch(const RAMBlock *rb)
 {
     const RAMBlockHoles *holes = rb->holes;
