@@ -305,10 +305,11 @@ bool ram_block_may_leave_holes(const RAMBlock *rb)
      * Until postcopy ends, an access to a hole waits until somebody places the
      * page, and nobody does if the holes are not known.  Backends ask for pages
      * even after the thread that answers them has ended.  And postcopy has
-     * punched all memory, even what the user asked to be there.
+     * punched all memory, even what the user asked to be there.  RDMA does not
+     * mark what it has received, so the source would be asked for it, in vain.
      */
     return ram_block_holes_known(rb) && !rb->holes->keep_populated &&
-           !faults_are_shared();
+           !faults_are_shared() && !migrate_rdma();
 }
 
 void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)

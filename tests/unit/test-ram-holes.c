@@ -741,6 +741,19 @@ static void test_postcopy_keep_populated(void)
     postcopy_destroy(&block);
 }
 
+/* It does not mark pages as received, so that nobody would answer a fault */
+static void test_postcopy_rdma(void)
+{
+    TestBlock block;
+
+    postcopy_init(&block);
+    machine.rdma = true;
+    g_assert_cmpint(zero_half(&block), ==, 12);
+    ram_block_discard_all(&block);
+    assert_all_placed(&block);
+    postcopy_destroy(&block);
+}
+
 static void test_postcopy_holes_unknown(void)
 {
     TestBlock block;
@@ -752,8 +765,8 @@ static void test_postcopy_holes_unknown(void)
 }
 
 /*
- * One page should be a hole, but is not.  To place it will fail, which is better
- * than to take what is there.  That is no reason to allocate the others.
+ * One page should be a hole, but is not.  To place it will fail, which is
+ * better than to take what is there.  That is no reason to allocate the others.
  */
 static void test_postcopy_not_a_hole(void)
 {
@@ -1664,6 +1677,7 @@ int main(int argc, char **argv)
                     test_postcopy_shared_faults);
     g_test_add_func("/ram-holes/postcopy/keep-populated",
                     test_postcopy_keep_populated);
+    g_test_add_func("/ram-holes/postcopy/rdma", test_postcopy_rdma);
     g_test_add_func("/ram-holes/postcopy/holes-unknown",
                     test_postcopy_holes_unknown);
     g_test_add_func("/ram-holes/postcopy/not-a-hole",
