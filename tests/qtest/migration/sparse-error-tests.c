@@ -47,7 +47,11 @@ static const SparseRoute routes[] = {
     { .name = "runs", .capabilities = { "sparse-ram" } },
     { .name = "multifd", .capabilities = { "multifd" } },
     { .name = "mapped-ram", .capabilities = { "mapped-ram" }, .file = true },
-    { .name = "postcopy", .capabilities = { "postcopy-ram" }, .postcopy = true },
+    {
+        .name = "postcopy",
+        .capabilities = { "postcopy-ram" },
+        .postcopy = true,
+    },
 };
 
 static MigrationTestEnv *env;
