@@ -126,8 +126,8 @@ plot: qemu stock ## Measure and draw docs/figures/ (PLOT_ARGS=--draw only draws 
 docs: source ## Build QEMU's manual with this project's pages; a warning is a failure
 	@scripts/build-docs
 
-.PHONY: mail
-mail: source ## Write the series as complete patches, to be mailed, to build/10.0/mail/
+.PHONY: series
+series: source ## Write the series as complete patches, for git am: build/series/
 	@scripts/format-series $(FORMAT_PATCH)
 
 .PHONY: clean
