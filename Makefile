@@ -130,6 +130,11 @@ docs: source ## Build QEMU's manual with this project's pages; a warning is a fa
 series: source ## Write the series as complete patches, for git am: build/series/
 	@scripts/format-series $(FORMAT_PATCH)
 
+.PHONY: check-series
+check-series: test-binaries ## Build and test each step of the series (hours; STEPS=5-9 QUICK=1)
+	@scripts/series-tree
+	@$(PYTHON) scripts/check-series $(if $(QUICK),--quick) $(STEPS)
+
 .PHONY: clean
 clean: ## Remove what was built; the downloaded source package stays
 	@scripts/clean
