@@ -343,15 +343,5 @@ class Verdicts(unittest.TestCase):
             2 * PAGE_SIZE)
 
 
-class Writer(unittest.TestCase):
-    def test_firmware(self):
-        code, addresses = live.read_writer()
-        self.assertEqual(len(code), 1024)
-        rom = live.firmware(5)
-        self.assertEqual(len(rom), 64 << 10)
-        at = len(rom) - len(code) + addresses['SEED'] - addresses['START']
-        self.assertEqual(rom[at:at + 4], b'\5\0\0\0')
-
-
 if __name__ == '__main__':
     unittest.main()

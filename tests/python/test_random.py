@@ -16,7 +16,6 @@ sys.dont_write_bytecode = True
 # pylint: disable=wrong-import-position
 import random_case                                          # noqa: E402
 import random_model as model                                # noqa: E402
-import writer_guest                                         # noqa: E402
 from random_case import BACKENDS, PATCHED, STOCK            # noqa: E402
 from random_model import DATA, HOLE, PAGE, ZERO, BlockModel, Content  # noqa: E402
 from sparseram.blocks import Mapping, parse_blocks          # noqa: E402
@@ -317,26 +316,6 @@ class Allocation(unittest.TestCase):
         self.assertEqual(list(model.allowed_on_destination(
             block, stale, 'keep')), [0, 1, 1, 1, 1])
         self.assertIsNone(model.allowed_on_destination(block, stale, 'any'))
-
-
-class Writer(unittest.TestCase):
-    """The guest that really runs."""
-
-    def test_header(self):
-        path = os.path.join(ROOT, 'tests/qtest/migration/i386/sparse-writer.h')
-        with open(path, encoding='ascii') as file:
-            code, symbols = writer_guest.read_header(file.read())
-        self.assertEqual(len(code), 1024)
-        # The word after "seed", before "verify"
-        self.assertTrue(symbols['START'] < symbols['BASE']
-                        < symbols['VERIFY'] < symbols['ROM_END'])
-
-    def test_words(self):
-        for page in (0, 1, 77, 30000):
-            for generation in range(1, 256):
-                word = writer_guest.expected_word(page, generation)
-                self.assertEqual(word == 0, generation % 4 == 0)
-                self.assertLess(word, 1 << 32)
 
 
 class Blocks(unittest.TestCase):

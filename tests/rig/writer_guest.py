@@ -1,54 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guest of tests/qtest/migration/i386/sparse-writer.S, driven from Python.
 
-It writes to pages in pseudo-random order, and remembers in a table how often:
-so what each page has to hold can be told from outside as well.
+See scripts/sparseram/writer.py.
 """
 
 import os
-import re
 import struct
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, List
 
 from random_model import DATA, MIB, PAGE, ZERO, BlockModel, WrongResult
 from sparseram.blocks import Block
 from sparseram.guest import Qemu
+from sparseram import writer
 
-_HEADER = os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                       '../qtest/migration/i386/sparse-writer.h')
-
-# In the guest's RAM; see sparse-writer.S
-_TABLE = 0x10000
-_WORDS = (0, 1364, 4092)
-_LOW = 1 * MIB                  # code, table; and what a PC has there
+# Code and table, and what else a PC has there
+_LOW = 2 * MIB
+_TABLE_START = 1 * MIB
 
 # What it writes to, and what it leaves alone behind that
 _BASE = 4 * MIB
 _GAP = 2 * MIB
 
-_FIRMWARE_SIZE = 64 << 10
 _TURN = 200000                  # ticks of the time-stamp counter a page
-_BATCH = 256                    # pages for each B that it says
 _TIMEOUT = 50.0                 # seconds
 _POLL = 0.005
-
-
-def read_header(text: str) -> Tuple[bytes, Dict[str, int]]:
-    """The code, and the addresses of its symbols."""
-    code = bytes(int(byte, 16)
-                 for byte in re.findall(r'0x([0-9a-f]{2})\b', text))
-    symbols = {match[1]: int(match[2], 16) for match in
-               re.finditer(r'#define SPARSE_WRITER_(\w+) 0x([0-9a-f]{8})\b',
-                           text)}
-    return code, symbols
-
-
-def expected_word(page: int, generation: int) -> int:
-    """As the guest computes it: zero in each fourth generation."""
-    if generation % 4 == 0:
-        return 0
-    return (page * 0x9e3779b1) & 0xffffff00 | generation
 
 
 class WriterGuest:
@@ -59,29 +35,20 @@ class WriterGuest:
         size: of RAM, bytes
         prefix: of the names of its files
         """
-        with open(_HEADER, encoding='ascii') as file:
-            code, self._symbols = read_header(file.read())
         self._pages = (size - _BASE - _GAP) // PAGE
         self._serial = f'{prefix}-serial'
-        firmware = f'{prefix}-firmware'
-        self._write_firmware(firmware, bytearray(code), seed)
-        self.arguments: List[str] = ['-bios', firmware, '-serial',
-                                     f'file:{self._serial}']
-
-    def _write_firmware(self, path: str, code: bytearray, seed: int) -> None:
         mask = (1 << (self._pages // 2).bit_length() - 1) - 1
-        for name, value in (('BASE', _BASE), ('PAGES', self._pages),
-                            ('FOCUS_MASK', mask), ('TURN', _TURN),
-                            ('SEED', seed & 0x7fffffff)):
-            at = self._symbols[name] - self._symbols['START']
-            struct.pack_into('<I', code, at, value)
-        with open(path, 'wb') as file:
-            file.write(bytes(_FIRMWARE_SIZE - len(code)) + code)
+        with open(f'{prefix}-firmware', 'wb') as file:
+            file.write(writer.firmware(BASE=_BASE, PAGES=self._pages,
+                                       FOCUS_MASK=mask, TURN=_TURN,
+                                       SEED=seed & 0x7fffffff))
+        self.arguments: List[str] = ['-bios', f'{prefix}-firmware', '-serial',
+                                     f'file:{self._serial}']
 
     @staticmethod
     def clear_area(kinds: bytearray) -> None:
-        """It takes pages that it has not written to for pages of zeroes."""
-        for page in range(_BASE // PAGE, len(kinds)):
+        """Its table is to be empty, and it takes other pages for untouched."""
+        for page in range(_TABLE_START // PAGE, len(kinds)):
             if kinds[page] == DATA:
                 kinds[page] = ZERO
 
@@ -112,20 +79,22 @@ class WriterGuest:
 
     def check_itself(self, qemu: Qemu, qtest: Any) -> None:
         """Let it check all of its pages, and run on; it must be stopped."""
-        qtest.write(self._symbols['VERIFY'], b'\1\0\0\0')
+        qtest.write(writer.assemble().addresses['VERIFY'],
+                    b'\1\0\0\0')
         qemu.qmp('cont')
         self._wait_for('V', 1)
         self.wait_until_it_writes()
 
     def apply(self, block: Block, model: BlockModel) -> None:
         """Put into the model what the guest has written, by its table."""
-        table = block.read(_TABLE, self._pages)
-        for page, generation in enumerate(table):
-            if not generation:
+        table = writer.parse_table(block.read(
+            writer.assemble().addresses['TABLE'], 4 * self._pages))
+        for page, sequence in enumerate(table):
+            if not sequence:
                 continue
-            word = struct.pack('<I', expected_word(page, generation))
-            for at in _WORDS:
-                model.write(_BASE + page * PAGE + at, word)
+            for offset, word in writer.expected_words(page, sequence):
+                model.write(_BASE + page * PAGE + offset,
+                            struct.pack('<I', word))
 
     @staticmethod
     def allow(allowed: bytearray) -> None:

@@ -7,15 +7,13 @@ breaks and is recovered; in the end it checks all of its pages.
 """
 
 import os
-import re
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Dict, List, Optional, Set, Tuple
+from typing import List, Optional, Set
 
-from sparseram import UserError
-from sparseram import memory
+from sparseram import memory, writer
 from sparseram.guest import GuestError
 from sparseram.memory import GIB, KIB, MIB, PAGE_SIZE
 from sparseram.migrate import MigrationAborted, watched
@@ -29,11 +27,7 @@ from .run import Result, Tools
 from .sides import Side, Snapshot
 from .verdict import Wrong, check_ended, require
 
-_WRITER = os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                       '../../qtest/migration/i386/sparse-writer.h')
-
 _SIZE = 64 * MIB
-_FIRMWARE_SIZE = 64 * KIB
 _BASE = 8 * MIB
 _PAGES = (_SIZE - _BASE - 4 * MIB) // PAGE_SIZE
 _FOCUS_MASK = 1023
@@ -45,30 +39,10 @@ _TURN = 200000
 _TIMEOUT = 150.0
 
 
-def read_writer() -> Tuple[bytes, Dict[str, int]]:
-    """The guest's code, and where its parameters are."""
-    try:
-        with open(_WRITER, encoding='ascii') as file:
-            text = file.read()
-    except OSError as err:
-        raise UserError(f'there is no guest to run: {err}') from err
-    code = bytes(int(byte, 16) for byte
-                 in re.findall(r'\b0x([0-9a-f]{2})\b', text))
-    addresses = {name: int(value, 16) for name, value in re.findall(
-        r'#define SPARSE_WRITER_(\w+) 0x([0-9a-f]+)', text)}
-    return code, addresses
-
-
 def firmware(seed: int) -> bytes:
     """The guest's ROM, with its parameters."""
-    code, addresses = read_writer()
-    rom = bytearray(code)
-    for name, value in (('BASE', _BASE), ('PAGES', _PAGES),
-                        ('FOCUS_MASK', _FOCUS_MASK), ('TURN', _TURN),
-                        ('SEED', seed % (1 << 32))):
-        at = addresses[name] - addresses['START']
-        rom[at:at + 4] = value.to_bytes(4, 'little')
-    return bytes(_FIRMWARE_SIZE - len(rom)) + bytes(rom)
+    return writer.firmware(BASE=_BASE, PAGES=_PAGES, FOCUS_MASK=_FOCUS_MASK,
+                           TURN=_TURN, SEED=seed % (1 << 32))
 
 
 def draw(seed: int) -> List[Case]:
@@ -146,7 +120,8 @@ class _Live:
             time.sleep(0.02)
 
     def _poke(self, side: Side, name: str, value: int) -> None:
-        side.write(read_writer()[1][name], value.to_bytes(4, 'little'))
+        side.write(writer.assemble().addresses[name],
+                   value.to_bytes(4, 'little'))
 
     def run(self) -> None:
         """Raises Wrong, Hang, GuestError, MigrationAborted."""
