@@ -73,8 +73,13 @@ QEMU_BUILD_BUG_ON(SCRATCH_SLICE / PAGE_SIZE < PAGES_IN_A_ROW * 3 / 2);
 #define WRITER_TURN_SLOW 700000
 #define WRITER_TURN_FAST 5000
 
-/* How many pages in a row, a power of 2, are populated or not */
+/*
+ * How many pages in a row, a power of 2, are populated or not.  That begins one
+ * page before a chunk ends, because a run of which the last chunk is complete
+ * would not show that the run has to end with a chunk.
+ */
 #define POPULATED_PAGES 512
+#define POPULATED_SKEW 1
 
 /* Smallest, and the default of QEMU */
 #define SHIFT_MIN 6
@@ -452,7 +457,7 @@ static void populate_zeroes(const StressTest *test, QTestState *from)
     guest_ram_init(&ram, BACKEND_MEMFD, test->size);
     guest_ram_open(&ram, from);
     for (page = first; page < first + writer_pages(test); page++) {
-        if (page & POPULATED_PAGES) {
+        if ((page + POPULATED_SKEW) & POPULATED_PAGES) {
             guest_ram_write_page(&ram, page, zeroes);
         }
     }
