@@ -134,8 +134,7 @@ def _cpu(accel: str, size: int) -> Sequence[str]:
 
 
 class Qemu:
-    """One QEMU process.  A context manager: starts on entry, is killed on exit.
-    """
+    """A QEMU process.  A context manager: starts on entry, is killed on exit."""
 
     def __init__(self, name: str, binary: str, args: Sequence[str], *,
                  cgroup: Optional[Cgroup] = None):

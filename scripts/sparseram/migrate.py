@@ -10,7 +10,7 @@ from typing import (Any, Callable, Dict, Iterable, Iterator, Optional,
 
 from . import memory
 from .cgroup import Cgroup
-from .guest import Guest, GuestError
+from .guest import Guest, GuestError, Qemu
 from .memory import GIB, MIB, Comparison, Sample
 
 # A destination may need this much for itself: pages that it touches when it
@@ -167,7 +167,7 @@ class Watchdog:
 
 
 @contextmanager
-def watched(guests: Sequence[Guest], floor: int,
+def watched(guests: Sequence[Qemu], floor: int,
             timeout: float) -> Iterator[Watchdog]:
     """Watch over all guests; what fails after it tripped was its doing.
 

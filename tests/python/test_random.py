@@ -17,7 +17,8 @@ sys.dont_write_bytecode = True
 import random_case                                          # noqa: E402
 import random_model as model                                # noqa: E402
 from random_case import BACKENDS, PATCHED, STOCK            # noqa: E402
-from random_model import DATA, HOLE, PAGE, ZERO, BlockModel, Content  # noqa: E402
+from random_model import (DATA, HOLE, PAGE, ZERO, BlockModel,   # noqa: E402
+                          Content)
 from sparseram.blocks import Mapping, parse_blocks          # noqa: E402
 
 CASES = [random_case.draw(seed) for seed in range(6000)]

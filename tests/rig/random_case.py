@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
-from random_model import MIB, PATTERNS
+from random_model import PATTERNS
 
 PATCHED, STOCK = 'patched', 'stock'
 

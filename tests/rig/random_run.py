@@ -5,7 +5,6 @@ import base64
 import ctypes
 import os
 import random
-import select
 import socket
 import struct
 import tempfile
@@ -13,7 +12,7 @@ import time
 import traceback
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import random_model
 from random_case import (BACKENDS, STOCK, Block, BlockSide, Case, Side,
@@ -26,7 +25,7 @@ from sparseram.blocks import Block as RamBlock
 from sparseram.blocks import Writer, find_blocks
 from sparseram.guest import GuestError, Qemu
 from sparseram.memory import available
-from sparseram.migrate import MigrationAborted, MigrationFailed, watched
+from sparseram.migrate import MigrationFailed, watched
 from writer_guest import WriterGuest
 
 PASSED, FAILED, SKIPPED = 'passed', 'failed', 'skipped'
@@ -384,7 +383,8 @@ class Machine:
                 f'{got.hex()}, not '
                 f'{model.content[offset:offset + length].hex()}')
 
-    def random_place(self, rng: random.Random, length: int) -> List[int]:
+    def random_place(self, rng: random.Random,
+                     length: int) -> Tuple[int, int]:
         """Number of a block, and an offset where length bytes are RAM."""
         number = rng.randrange(len(self.blocks))
         size = self.blocks[number].size
@@ -394,7 +394,7 @@ class Machine:
                 (0, PAGE - length, rng.randrange(PAGE - length + 1)))
             if number or not (offset in _NO_RAM or
                               offset + length - 1 in _NO_RAM):
-                return [number, offset]
+                return number, offset
 
 
 def _around(side: BlockSide, which: int) -> bytes:
@@ -617,8 +617,9 @@ class Migration:
             self._hand_over()
             for _ in range(self._accesses):
                 if self._rng.randrange(3):
-                    place = self.destination.random_place(self._rng, 16)
-                    self.destination.guest_read(*place, 16)
+                    number, offset = self.destination.random_place(self._rng,
+                                                                   16)
+                    self.destination.guest_read(number, offset, 16)
                 else:
                     self._write_once(self.destination)
         self._set(self.source, 'max-postcopy-bandwidth', 0)
@@ -777,19 +778,20 @@ def _run(case: Case, setup: Setup) -> None:
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix='random-'))
         _require(case, directory)
-        machines = [Machine('source', case, case.source, setup, directory),
-                    Machine('destination', case, case.destination, setup,
-                            directory)]
+        source = Machine('source', case, case.source, setup, directory)
+        destination = Machine('destination', case, case.destination, setup,
+                              directory)
         try:
-            for machine in machines:
-                stack.enter_context(machine.started())
-            with watched([machine.qemu for machine in machines],
+            stack.enter_context(source.started())
+            stack.enter_context(destination.started())
+            with watched((source.qemu, destination.qemu),
                          min(setup.floor, available() // 2), TIMEOUT):
-                Migration(case, *machines, setup, directory).run()
-                Check(case, *machines).run()
+                Migration(case, source, destination, setup, directory).run()
+                Check(case, source, destination).run()
         except Exception as err:
-            said = '\n'.join(_last_words(machine) for machine in machines)
-            raise WrongResult(f'{_describe(err)}\n{said}') from err
+            raise WrongResult('\n'.join([
+                _describe(err), _last_words(source),
+                _last_words(destination)])) from err
 
 
 def _without_sparse_ram(case: Case) -> Case:
