@@ -14,13 +14,19 @@ test_binaries = tests/qtest/migration-test \
 PYTHON ?= /usr/bin/python3
 export PYTHON
 
+# The QEMU series to work with; the scripts take it from the environment.
+BASE ?= $(shell cat patches/default)
+export BASE
+
 .PHONY: help
 help: ## Print this list
-	@echo "Usage: make TARGET [QEMU_SRC=DIR] [CC=COMPILER] [JOBS=N]"
+	@echo "Usage: make TARGET [BASE=SERIES] [QEMU_SRC=DIR] [CC=COMPILER] [JOBS=N]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/BASE/, "$(BASE)", $$2); \
+		printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "QEMU_SRC=DIR takes the QEMU 10.0.x tree in DIR (which is copied, not changed)"
+	@echo "BASE is the QEMU series, one of: $(notdir $(patsubst %/series,%,$(wildcard patches/*/series))) (default: $(file <patches/default))."
+	@echo "QEMU_SRC=DIR takes the tree of that series in DIR (which is copied, not changed)"
 	@echo "instead of Debian's source package; it is remembered until QEMU_SRC= is said."
 
 .PHONY: deps
@@ -32,11 +38,11 @@ source: deps ## Fetch, verify and unpack QEMU's source
 	@scripts/get-source
 
 .PHONY: qemu
-qemu: deps ## Build the patched QEMU: build/10.0/patched/qemu-system-x86_64
+qemu: deps ## Build the patched QEMU: build/BASE/patched/qemu-system-x86_64
 	@scripts/build-qemu patched
 
 .PHONY: stock
-stock: deps ## Build the same QEMU without the patches: build/10.0/stock/
+stock: deps ## Build the same QEMU without the patches: build/BASE/stock/
 	@scripts/build-qemu stock
 
 .PHONY: demo

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
 from sparseram import UserError, memory, report, summary
-from sparseram.cli import (ROOT, add_qemu_arguments, check_binaries,
+from sparseram.base import ROOT
+from sparseram.cli import (add_qemu_arguments, check_binaries,
                            guest_size, memory_floor, run_main, say)
 from sparseram.guest import SHM, GuestError, import_qemu, pick_accelerator
 from sparseram.memory import GIB, MIB, SMALLEST

@@ -11,8 +11,8 @@ export LC_ALL=C.UTF-8
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
-# The QEMU series that this checkout is for, and where everything about it goes.
-series=10.0
+# The base, which is the QEMU series to build, and where everything about it goes.
+series=${BASE:-$(cat "$top/patches/default")}
 out=$top/build/$series
 logs=$out/logs
 patches=$top/patches/$series
@@ -30,6 +30,30 @@ die()
 {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit 1
+}
+
+# The bases that there are patches for.
+known_bases()
+{
+    local file
+
+    for file in "$top"/patches/*/series; do
+        file=${file%/series}
+        printf '%s ' "${file##*/}"
+    done
+}
+
+# Before anything is made from the name of a base.
+case " $(known_bases)" in
+*" $series "*) ;;
+*) die "there are no patches for BASE=$series, only for $(known_bases | sed 's/ $//');" \
+       "docs/adding-a-base.rst says how to add a base" ;;
+esac
+
+# The lines of a file that are neither empty nor comments.
+lines_of()
+{
+    sed -e 's/[[:space:]]*#.*//' -e '/^[[:space:]]*$/d' "$1"
 }
 
 # A path as the user knows it: relative to the checkout.

@@ -25,7 +25,8 @@ import zlib
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from sparseram import UserError, memory, report
-from sparseram.cli import (ROOT, add_qemu_arguments, check_binaries,
+from sparseram.base import ROOT
+from sparseram.cli import (add_qemu_arguments, check_binaries,
                            guest_size, memory_floor, run_main, say)
 from sparseram.guest import import_qemu, pick_accelerator
 from sparseram.memory import GIB, MIB, format_size

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Measuring what a migration does to guest RAM that has holes.
 
+base       which QEMU series this is about, and where it lies
 guest      starts and stops a QEMU, and talks to it
 cgroup     a limit to the memory of a guest's process
 memory     what the kernel says about guest RAM, without ever populating it

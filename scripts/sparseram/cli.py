@@ -9,13 +9,10 @@ import sys
 from typing import Callable, Iterable, Optional
 
 from . import UserError, memory, terminal
+from .base import BUILD
 from .guest import GuestError
 from .memory import MIB, SMALLEST
 from .migrate import MigrationFailed
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
-    os.path.abspath(__file__))))
-BUILD = os.path.join(ROOT, 'build/10.0')
 
 
 def say(text: str) -> None:

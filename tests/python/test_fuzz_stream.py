@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of scripts/fuzz-stream, and of what else reads its streams.
 
-Those that need a QEMU take that of $QEMU, or of build/10.0/patched; the source
+Those that need a QEMU take that of $QEMU, or of build/BASE/patched; the source
 tree that analyze-migration.py is in is that of $QEMU_SRC, or
-build/10.0/patched-src.
+build/BASE/patched-src.
 """
 
 import argparse
@@ -20,7 +20,11 @@ import tempfile
 import unittest
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '../..')
-BUILD = os.path.join(ROOT, 'build/10.0')
+sys.path.insert(0, os.path.join(ROOT, 'scripts'))
+
+# pylint: disable=wrong-import-position
+from sparseram.base import BUILD    # noqa: E402
+
 QEMU = os.environ.get('QEMU', f'{BUILD}/patched/qemu-system-x86_64')
 ANALYZE = os.path.abspath(os.path.join(
     os.environ.get('QEMU_SRC', f'{BUILD}/patched-src'),
