@@ -8,10 +8,10 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/memory.h"
 #include "exec/target_page.h"
 #include "migration/misc.h"
 #include "qemu/bitmap.h"
+#include "system/memory.h"
 #include "options.h"
 #include "ram-holes.h"
 

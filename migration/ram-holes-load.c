@@ -9,12 +9,12 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/memory.h"
 #include "exec/target_page.h"
 #include "qemu/cutils.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/madvise.h"
 #include "qemu/populated-memory.h"
+#include "system/memory.h"
 #include "migration.h"
 #include "options.h"
 #include "ram-holes.h"

@@ -14,7 +14,6 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/memory.h"
 #include "exec/target_page.h"
 #include "qemu/error-report.h"
 #ifdef CONFIG_LINUX
@@ -22,6 +21,7 @@
 #include <sys/mman.h>
 #include "qemu/userfaultfd.h"
 #endif
+#include "system/memory.h"
 #include "migration.h"
 #include "postcopy-ram.h"
 #include "ram.h"

@@ -12,7 +12,7 @@
 #include "qemu/cutils.h"
 #include "ram-holes.h"
 
-static bool range_contains(const SparseRange *range, const SparseRange *part)
+static bool range_covers(const SparseRange *range, const SparseRange *part)
 {
     return range->start <= part->start && part->end <= range->end;
 }
@@ -79,7 +79,7 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
         return false;
     }
     if (cache->rb == rb) {
-        if (range_contains(&cache->hole, &page)) {
+        if (range_covers(&cache->hole, &page)) {
             return true;
         }
         if (sparse_range_overlaps(&cache->data, &page)) {
@@ -100,7 +100,7 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
     cache->rb = rb;
     cache->hole = (SparseRange) { .start = offset, .end = data.start };
     cache->data = data;
-    return range_contains(&cache->hole, &page);
+    return range_covers(&cache->hole, &page);
 }
 
 void ram_hole_cache_reset(RAMHoleCache *cache)

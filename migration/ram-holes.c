@@ -8,13 +8,13 @@
  */
 
 #include "qemu/osdep.h"
-#include "exec/memory.h"
 #include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/atomic.h"
 #include "qemu/error-report.h"
 #include "system/hostmem.h"
+#include "system/memory.h"
 #include "system/system.h"
 #include "options.h"
 #include "ram.h"

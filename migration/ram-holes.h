@@ -12,7 +12,7 @@
 #define QEMU_MIGRATION_RAM_HOLES_H
 
 #include "exec/cpu-common.h"
-#include "exec/ramblock.h"
+#include "system/ramblock.h"
 #include "qemu/atomic.h"
 #include "qemu/mmap-alloc.h"
 #include "qemu/sparse-file.h"

@@ -17,7 +17,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include "exec/memory.h"
 #include "exec/ramlist.h"
 #include "exec/target_page.h"
 #include "hw/virtio/virtio-mem.h"
@@ -29,6 +28,7 @@
 #include "qemu/units.h"
 #include "qemu/userfaultfd.h"
 #include "qom/object.h"
+#include "system/memory.h"
 #include "system/system.h"
 #include "../../migration/migration.h"
 #include "../../migration/options.h"

@@ -26,8 +26,8 @@
 
 #include <linux/falloc.h>
 
-#include "exec/memory.h"
-#include "exec/ramblock.h"
+#include "system/memory.h"
+#include "system/ramblock.h"
 #include "io/channel-buffer.h"
 #include "migration/migration.h"
 #include "migration/options.h"

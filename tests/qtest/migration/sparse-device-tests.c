@@ -445,7 +445,8 @@ static void balloon_report(Device *device, const uint64_t *runs, unsigned n)
     }
     device_wait(device, head);
     /* libqos does not give back descriptors */
-    qvirtqueue_reset_pool(device->vq);
+    device->vq->free_head = 0;
+    device->vq->num_free = device->vq->size;
 }
 
 static void balloon_give_back(QTestState *qts, uint64_t pages, bool report)

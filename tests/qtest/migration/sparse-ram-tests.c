@@ -688,6 +688,13 @@ static void *start_hook_capability(QTestState *from, QTestState *to)
     return NULL;
 }
 
+static void *start_hook_preempt(QTestState *from, QTestState *to)
+{
+    migrate_set_both_capability(from, to, "postcopy-ram");
+    migrate_set_both_capability(from, to, "postcopy-preempt");
+    return start_hook_capability(from, to);
+}
+
 static void test_postcopy_live(bool preempt, bool recovery)
 {
     const GuestRam ram = { .backend = BACKEND_MEMFD, .size = LIVE_SIZE };
@@ -695,8 +702,7 @@ static void test_postcopy_live(bool preempt, bool recovery)
     MigrateCommon args = {
         .start.opts_source = opts,
         .start.opts_target = opts,
-        .start_hook = start_hook_capability,
-        .postcopy_preempt = preempt,
+        .start_hook = preempt ? start_hook_preempt : start_hook_capability,
     };
 
     if (recovery) {

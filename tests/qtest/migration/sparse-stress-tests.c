@@ -277,7 +277,7 @@ static QTestState *start_guest(const StressTest *test, const char *env,
 
     /* For migrate-recover */
     qlist_append_str(capabilities, "oob");
-    who = qtest_init_with_env_and_capabilities(env, args, capabilities, true);
+    who = qtest_init_ext(env, args, capabilities, true);
     qobject_unref(capabilities);
     qtest_qmp_set_event_callback(who, migrate_watch_for_events, state);
     migrate_set_capability(who, "events", true);
