@@ -135,6 +135,10 @@ bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
      * forgotten where the bit is moved, in ramblock_sync_dirty_bitmap(), and
      * under the same lock under which it is used: another thread can sync while
      * the migration thread is in the middle of a chunk (cpu-throttle.c).
+     *
+     * Once the guest has stopped for the last stage, or for postcopy, QEMU does
+     * not clear dirty bits at their origin any more (since 10.1).  Nobody writes
+     * then, and what was remembered before was forgotten in the last sync.
      */
     chunk_size = page_size;
     if (rb->clear_bmap) {

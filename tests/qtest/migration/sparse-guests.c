@@ -39,22 +39,6 @@ bool sparse_guests_start(SparseGuests *guests, const char *src_opts,
     return true;
 }
 
-/* Returns false if QEMU or the host does not have it, after saying why */
-static bool try_capability(QTestState *who, const char *capability)
-{
-    QDict *rsp = qtest_qmp(who, "{ 'execute': 'migrate-set-capabilities',"
-                           "'arguments': { 'capabilities': [ {"
-                           "'capability': %s, 'state': true } ] } }",
-                           capability);
-    bool supported = qdict_haskey(rsp, "return");
-
-    if (!supported) {
-        g_test_skip(qdict_get_str(qdict_get_qdict(rsp, "error"), "desc"));
-    }
-    qobject_unref(rsp);
-    return supported;
-}
-
 /*
  * QEMU cannot take a snapshot of a guest that has not been started yet.  What
  * the firmware has written meanwhile would be no part of the test.
@@ -78,14 +62,14 @@ bool sparse_guests_prepare(const SparseGuests *guests,
     }
     for (i = 0; i < ARRAY_SIZE(route->capabilities) && route->capabilities[i];
          i++) {
-        if (!try_capability(guests->from, route->capabilities[i]) ||
-            !try_capability(guests->to, route->capabilities[i])) {
+        if (!migrate_try_capability(guests->from, route->capabilities[i]) ||
+            !migrate_try_capability(guests->to, route->capabilities[i])) {
             return false;
         }
     }
     if (route->snapshot) {
         pause_guest(guests);
-        return try_capability(guests->from, "background-snapshot");
+        return migrate_try_capability(guests->from, "background-snapshot");
     }
     return true;
 }

@@ -144,6 +144,37 @@ static const ModeCase mode_cases[] = {
         .capabilities = { "postcopy-ram", "postcopy-preempt" },
         .sparse_destination = true,
     }, {
+        .name = "postcopy/multifd",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "multifd" },
+        .sparse_destination = true,
+    }, {
+        .name = "postcopy/multifd-idle",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_EMPTY,
+        .capabilities = { "postcopy-ram", "multifd" },
+        .sparse_destination = true,
+    }, {
+        .name = "postcopy/multifd-preempt",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "postcopy-preempt", "multifd" },
+        .sparse_destination = true,
+    }, {
+        .name = "postcopy/multifd-legacy",
+        .transport = TRANSPORT_POSTCOPY,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "multifd" },
+        .zero_page_detection = "legacy",
+        .sparse_destination = true,
+    }, {
+        .name = "postcopy/multifd-hugetlb",
+        .transport = TRANSPORT_POSTCOPY,
+        .backend = BACKEND_HUGETLB,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram", "multifd" },
+    }, {
         .name = "postcopy/release-ram",
         .transport = TRANSPORT_POSTCOPY,
         .pattern = PATTERN_MIXED,
@@ -433,27 +464,14 @@ static void map_populated_pages(const Guests *guests)
 }
 
 /* Returns false if the test has to be skipped, after saying why */
-static bool enable_snapshot(QTestState *from)
-{
-    QDict *rsp = qtest_qmp(from, "{ 'execute': 'migrate-set-capabilities',"
-                           "'arguments': { 'capabilities': [ {"
-                           "'capability': 'background-snapshot',"
-                           "'state': true } ] } }");
-    bool supported = qdict_haskey(rsp, "return");
-
-    if (!supported) {
-        g_test_skip(qdict_get_str(qdict_get_qdict(rsp, "error"), "desc"));
-    }
-    qobject_unref(rsp);
-    return supported;
-}
-
-static void set_mode(const ModeCase *c, QTestState *who)
+static bool set_mode(const ModeCase *c, QTestState *who)
 {
     int i;
 
     for (i = 0; i < ARRAY_SIZE(c->capabilities) && c->capabilities[i]; i++) {
-        migrate_set_capability(who, c->capabilities[i], true);
+        if (!migrate_try_capability(who, c->capabilities[i])) {
+            return false;
+        }
     }
     if (c->zero_page_detection) {
         migrate_set_parameter_str(who, "zero-page-detection",
@@ -465,6 +483,7 @@ static void set_mode(const ModeCase *c, QTestState *who)
     if (c->direct_io) {
         migrate_set_parameter_bool(who, "direct-io", true);
     }
+    return true;
 }
 
 static void migrate_tcp(const Guests *guests, bool postcopy)
@@ -519,10 +538,11 @@ static void test_mode(const void *opaque)
     if (!guests_start(&guests, c->backend, c->pattern, c->snapshot)) {
         return;
     }
-    set_mode(c, guests.from);
-    set_mode(c, guests.to);
+    if (!set_mode(c, guests.from) || !set_mode(c, guests.to)) {
+        goto out;
+    }
     if (c->snapshot) {
-        if (!enable_snapshot(guests.from)) {
+        if (!migrate_try_capability(guests.from, "background-snapshot")) {
             goto out;
         }
         map_populated_pages(&guests);
@@ -605,7 +625,7 @@ static void test_snapshot_write(void)
     if (!guests_start(&guests, BACKEND_MEMFD, PATTERN_MIXED, true)) {
         return;
     }
-    if (!enable_snapshot(guests.from)) {
+    if (!migrate_try_capability(guests.from, "background-snapshot")) {
         goto out;
     }
     pages[0] = last_page_of_kind(&guests, PAGE_HOLE,

@@ -63,6 +63,15 @@ static const PostcopyCase postcopy_cases[] = {
         .name = "faults/blocktime",
         .capabilities = { "postcopy-blocktime" },
     }, {
+        .name = "faults/multifd",
+        .capabilities = { "multifd" },
+    }, {
+        .name = "faults/multifd-preempt",
+        .capabilities = { "multifd", "postcopy-preempt" },
+    }, {
+        .name = "faults/multifd-capability",
+        .capabilities = { "multifd", "sparse-ram" },
+    }, {
         .name = "faults/capability",
         .capabilities = { "sparse-ram" },
     }, {
@@ -79,11 +88,19 @@ static const PostcopyCase postcopy_cases[] = {
         .backend = BACKEND_HUGETLB,
         .capabilities = { "sparse-ram" },
     }, {
+        .name = "faults/hugetlb-multifd",
+        .backend = BACKEND_HUGETLB,
+        .capabilities = { "multifd" },
+    }, {
         .name = "recover/plain",
         .recover = true,
     }, {
         .name = "recover/preempt",
         .capabilities = { "postcopy-preempt" },
+        .recover = true,
+    }, {
+        .name = "recover/multifd",
+        .capabilities = { "multifd" },
         .recover = true,
     }, {
         .name = "recover/capability",
@@ -169,6 +186,18 @@ static uint8_t *make_kinds(const PostcopyTest *test)
     return kinds;
 }
 
+static void test_end(PostcopyTest *test)
+{
+    migrate_end(test->from, test->to, false);
+    guest_ram_close(&test->src);
+    guest_ram_close(&test->dst);
+    unlink(test->trace_path);
+    g_free(test->trace_path);
+    g_free(test->accessed);
+    g_free(test->written);
+    g_free(test->kinds);
+}
+
 /* Returns false if the test has to be skipped, after saying why */
 static bool test_start(PostcopyTest *test, const PostcopyCase *c)
 {
@@ -216,25 +245,15 @@ static bool test_start(PostcopyTest *test, const PostcopyCase *c)
     test->kinds = make_kinds(test);
     guest_ram_prepare(&test->src, test->kinds);
 
-    migrate_set_capability(test->from, "postcopy-ram", true);
-    migrate_set_capability(test->to, "postcopy-ram", true);
+    migrate_set_both_capability(test->from, test->to, "postcopy-ram");
     for (i = 0; i < ARRAY_SIZE(c->capabilities) && c->capabilities[i]; i++) {
-        migrate_set_capability(test->from, c->capabilities[i], true);
-        migrate_set_capability(test->to, c->capabilities[i], true);
+        if (!migrate_try_capability(test->from, c->capabilities[i]) ||
+            !migrate_try_capability(test->to, c->capabilities[i])) {
+            test_end(test);
+            return false;
+        }
     }
     return true;
-}
-
-static void test_end(PostcopyTest *test)
-{
-    migrate_end(test->from, test->to, false);
-    guest_ram_close(&test->src);
-    guest_ram_close(&test->dst);
-    unlink(test->trace_path);
-    g_free(test->trace_path);
-    g_free(test->accessed);
-    g_free(test->written);
-    g_free(test->kinds);
 }
 
 /* Migrate until the first pass is held up by the barrier, then switch */

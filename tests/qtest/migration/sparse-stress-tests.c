@@ -781,7 +781,10 @@ static void test_postcopy_stress(const void *opaque)
     migrate_set_both_capability(from, to, "postcopy-ram");
     migrate_set_both_capability(from, to, "postcopy-blocktime");
     for (i = 0; stress->capabilities[i]; i++) {
-        migrate_set_both_capability(from, to, stress->capabilities[i]);
+        if (!migrate_try_capability(from, stress->capabilities[i]) ||
+            !migrate_try_capability(to, stress->capabilities[i])) {
+            goto out;
+        }
     }
     migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
     wait_for_beats(&src_serial, 1);
@@ -813,10 +816,10 @@ static void test_postcopy_stress(const void *opaque)
 
     qtest_qmp_assert_success(to, "{ 'execute': 'stop' }");
     check_untouched(test, to);
-    qtest_quit(from);
     check_by_guest(test, to, &dst_serial);
+out:
+    qtest_quit(from);
     qtest_quit(to);
-
     unlink(firmware);
     unlink(src_path);
     unlink(dst_path);
@@ -888,6 +891,9 @@ void migration_test_add_sparse_stress(MigrationTestEnv *env)
     if (env->has_tcg && env->has_uffd) {
         add_postcopy_stress("plain", NULL, NULL, false);
         add_postcopy_stress("preempt", "postcopy-preempt", NULL, false);
+        add_postcopy_stress("multifd", "multifd", NULL, false);
+        add_postcopy_stress("multifd-capability", "multifd", "sparse-ram",
+                            false);
         add_postcopy_stress("recover", NULL, NULL, true);
         add_postcopy_stress("recover-preempt", "postcopy-preempt", NULL, true);
         add_postcopy_stress("capability", "sparse-ram", "postcopy-preempt",

@@ -225,6 +225,15 @@ void guest_pair_end(GuestPair *pair);
 /* What a QEMU has printed to a file, which is removed */
 char *take_stderr(const char *path);
 
+/*
+ * Switch a capability on if QEMU and the host have it, and it goes with the
+ * others.
+ *
+ * Returns whether that was done; if not, the test is skipped, with what QEMU
+ * says
+ */
+bool migrate_try_capability(QTestState *who, const char *name);
+
 /* Switch a capability on, on both sides */
 void migrate_set_both_capability(QTestState *from, QTestState *to,
                                  const char *name);
