@@ -137,7 +137,7 @@ bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
      * the migration thread is in the middle of a chunk (cpu-throttle.c).
      *
      * Once the guest has stopped for the last stage, or for postcopy, QEMU does
-     * not clear dirty bits at their origin any more (since 10.1).  Nobody writes
+     * not clear dirty bits at their origin any more (after 10.0).  Nobody writes
      * then, and what was remembered before was forgotten in the last sync.
      */
     chunk_size = page_size;
