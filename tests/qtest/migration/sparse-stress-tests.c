@@ -167,6 +167,8 @@ typedef struct StressTest {
     unsigned slow_syncs;
     /* How many syncs are waited for after it */
     unsigned fast_syncs;
+    /* There is another block in front of guest RAM */
+    bool second_block;
 } StressTest;
 
 /* The guest's serial port, and what it has said so far */
@@ -267,11 +269,12 @@ static QTestState *start_guest(const StressTest *test, const char *env,
     const GuestRam ram = { .backend = BACKEND_MEMFD, .size = test->size };
     g_autofree char *memory = guest_ram_opts(&ram, NULL);
     g_autofree char *args = g_strdup_printf(
-        "-accel %s -machine %s %s "
+        "-accel %s -machine %s %s %s "
         "-global migration.x-clear-bitmap-shift=%u "
         "-nodefaults -bios %s -serial file:%s %s",
-        test->accel->options, machine, memory, test->shift, firmware,
-        serial->path, opts);
+        test->accel->options, machine,
+        test->second_block ? "-object memory-backend-ram,id=pad,size=1G" : "",
+        memory, test->shift, firmware, serial->path, opts);
     QList *capabilities = qlist_new();
     QTestState *who;
 
@@ -866,6 +869,27 @@ static void add_stress(const StressAccel *accel, StressMode mode,
     qtest_add_data_func_full(path, test, test_stress, g_free);
 }
 
+/*
+ * Guest RAM is not the first RAM block, and so not at offset 0 of the dirty bits
+ * of TCG.
+ */
+static void add_second_block(void)
+{
+    StressTest *test = g_new(StressTest, 1);
+
+    *test = (StressTest) {
+        .accel = &accel_tcg,
+        .mode = STRESS_PRECOPY,
+        .shift = SHIFT_DEFAULT,
+        .size = 512 * MiB,
+        .second_block = true,
+        .slow_syncs = 3,
+        .fast_syncs = 10,
+    };
+    qtest_add_data_func_full("/migration/sparse/stress/short/tcg/second-block",
+                             test, test_stress, g_free);
+}
+
 static void add_long(const StressAccel *accel)
 {
     StressMode mode;
@@ -887,6 +911,7 @@ void migration_test_add_sparse_stress(MigrationTestEnv *env)
                    false);
         add_stress(&accel_tcg, STRESS_MULTIFD, STRESS_PLAIN, SHIFT_MIN, false);
         add_stress(&accel_tcg, STRESS_RUNS, STRESS_PLAIN, SHIFT_MIN, false);
+        add_second_block();
     }
     if (env->has_tcg && env->has_uffd) {
         add_postcopy_stress("plain", NULL, NULL, false);
