@@ -492,7 +492,8 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
         return;
     case MODE_MULTIFD:
     case MODE_MULTIFD_LEGACY:
-        migrate_hook_start_precopy_tcp_multifd_common(from, to, "none");
+        migrate_set_multifd(from, to);
+        migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
         if (c->mode == MODE_MULTIFD_LEGACY) {
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }

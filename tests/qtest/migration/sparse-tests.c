@@ -557,11 +557,11 @@ static void set_mode(SparseMode mode, QTestState *from, QTestState *to)
     switch (mode) {
     case MODE_MULTIFD:
     case MODE_MULTIFD_LEGACY:
-        migrate_hook_start_precopy_tcp_multifd_common(from, to, "none");
+        migrate_set_multifd(from, to);
         if (mode == MODE_MULTIFD_LEGACY) {
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }
-        return;
+        break;
     case MODE_XBZRLE:
         migrate_set_parameter_int(from, "xbzrle-cache-size", 32 * MiB);
         migrate_set_both_capability(from, to, "xbzrle");
@@ -608,6 +608,9 @@ static void migrate_stopped(const SparseTest *test, QTestState *from,
     } else {
         wait_for_migration_complete(from);
         wait_for_migration_complete(to);
+    }
+    if (test->mode == MODE_MULTIFD) {
+        g_assert_cmpint(read_ram_property_int(from, "multifd-bytes"), >, 0);
     }
 }
 
@@ -740,7 +743,9 @@ static void check_live_allocation(QTestState *from, QTestState *to,
 
 static void *migrate_hook_start_multifd(QTestState *from, QTestState *to)
 {
-    return migrate_hook_start_precopy_tcp_multifd_common(from, to, "none");
+    migrate_set_multifd(from, to);
+    migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
+    return NULL;
 }
 
 /*

@@ -777,6 +777,13 @@ void migrate_set_both_capability(QTestState *from, QTestState *to,
     migrate_set_capability(to, name, true);
 }
 
+void migrate_set_multifd(QTestState *from, QTestState *to)
+{
+    migrate_set_parameter_int(from, "multifd-channels", 16);
+    migrate_set_parameter_int(to, "multifd-channels", 16);
+    migrate_set_both_capability(from, to, "multifd");
+}
+
 static bool have_huge_pages(uint64_t pages)
 {
     uint64_t free_pages = read_sysfs_number(HUGETLB_SYSFS "free_hugepages");

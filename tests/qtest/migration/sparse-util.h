@@ -238,6 +238,9 @@ bool migrate_try_capability(QTestState *who, const char *name);
 void migrate_set_both_capability(QTestState *from, QTestState *to,
                                  const char *name);
 
+/* Switch multifd on, on both sides, with a good many channels */
+void migrate_set_multifd(QTestState *from, QTestState *to);
+
 /* Add the tests of sparse-modes-tests.c */
 void migration_test_add_sparse_modes(MigrationTestEnv *the_env);
 
