@@ -85,9 +85,9 @@ test-binaries: deps
 	@scripts/build-qemu stock
 
 .PHONY: rig
-rig: build/10.0/rig/fail-calls.so
+rig: build/$(BASE)/rig/fail-calls.so
 
-build/10.0/rig/fail-calls.so: tests/rig/fail-calls.c
+build/$(BASE)/rig/fail-calls.so: tests/rig/fail-calls.c
 	@mkdir -p $(@D)
 	@$(CC) -O2 -Wall -Wextra -shared -fPIC -o $@ $<
 

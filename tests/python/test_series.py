@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import unittest
 from types import ModuleType
@@ -16,8 +17,12 @@ from typing import Dict, List
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
     os.path.abspath(__file__))))
-STOCK = os.path.join(ROOT, 'build/10.0/stock-src')
-PATCHED = os.path.join(ROOT, 'build/10.0/patched-src')
+sys.path.insert(0, os.path.join(ROOT, 'scripts'))
+
+from sparseram.base import BUILD, PATCHES       # noqa: E402
+
+STOCK = os.path.join(BUILD, 'stock-src')
+PATCHED = os.path.join(BUILD, 'patched-src')
 
 NAME, MAIL = 'Erika Mustermann', 'erika@example.org'
 
