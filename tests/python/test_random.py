@@ -273,7 +273,10 @@ class Models(unittest.TestCase):
     def test_zero_instead_of_data(self):
         content = bytes(4 * PAGE)
         self.assertEqual(self.model.differing(content), [2, 3])
-        self.assertEqual(self.model.differing(content, or_zero=True), [])
+        self.assertEqual(self.model.differing(content, [content]), [])
+        other = bytearray(content)
+        other[2 * PAGE] = 1
+        self.assertEqual(self.model.differing(content, [other]), [2])
 
     def test_another_size(self):
         with self.assertRaises(ValueError):

@@ -9,7 +9,8 @@ A set of pages is a bytearray with 1 for each page that is in it.
 """
 
 import random
-from typing import Callable, Dict, Iterable, List, Optional, Tuple
+from typing import (Callable, Dict, Iterable, List, Optional, Sequence,
+                    Tuple)
 
 PAGE = 4096
 THP = 2 << 20                   # bytes of a transparent, or other, huge page
@@ -190,22 +191,19 @@ class BlockModel:
         self.written[offset // PAGE] = 1
 
     def differing(self, content: bytes,
-                  or_zero: bool = False) -> List[int]:
+                  others: Sequence[bytes] = ()) -> List[int]:
         """Pages of content that are not as they have to be.
 
-        or_zero: a page of zeroes is right as well.
+        others: a page that is as in one of these is right as well.
         """
         if len(content) != len(self.content):
             raise ValueError('a block of another size')
         if content == self.content:
             return []
-        pages = []
-        for page in range(self.pages):
-            is_page = content[page * PAGE:(page + 1) * PAGE]
-            if is_page != self.content[page * PAGE:(page + 1) * PAGE] and \
-                    not (or_zero and is_page == _ZERO_PAGE):
-                pages.append(page)
-        return pages
+        return [start // PAGE for start in range(0, len(content), PAGE)
+                if not any(content[start:start + PAGE] ==
+                           right[start:start + PAGE]
+                           for right in (self.content, *others))]
 
 
 # Sets of pages
