@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import UserError
-from .cli import ROOT
+from .base import ROOT
 from .memory import KIB, PAGE_SIZE, GuestRam
 
 GUEST = os.path.join(ROOT, 'build/guest')

@@ -172,19 +172,22 @@ GROWTH: Tuple[Row, ...] = (
 
 def _speed(name: str, what: str, variants: Tuple[Variant, Variant],
            limit: float, guest: str = FULL, fill: Optional[int] = None,
-           holes: bool = False) -> Row:
+           holes: bool = False, operation: OverTcp = OverTcp()) -> Row:
     baseline, subject = variants
     targets: Tuple[object, ...] = (RatioAtMost('total_time', limit),)
     if holes:
         targets += (HolesAreRight(),)
-    return Row(name, what, OverTcp(), baseline, subject, guest, fill,
+    return Row(name, what, operation, baseline, subject, guest, fill,
                targets=targets)
 
 
-# Precopy over tcp
+# Precopy over tcp, unless something else is said
 SPEED: Tuple[Row, ...] = (
     _speed('speed-full', 'full of data', stock_and_patched('memfd'), 1.02,
            fill=1, holes=True),
+    _speed('speed-multifd-full', 'multifd, full of data',
+           stock_and_patched('memfd'), 1.02, fill=1,
+           operation=OverTcp(('multifd',))),
     _speed('speed-alternate', 'data in every second page',
            stock_and_patched('memfd'), 1.0, fill=2, holes=True),
     _speed('speed-anonymous-idle', 'memory-backend-ram, idle',

@@ -289,42 +289,6 @@ static void test_next_data_ends(void)
     }
 }
 
-static int64_t time_to_look(int fd, uint64_t start)
-{
-    int64_t before = g_get_monotonic_time();
-
-    for (int i = 0; i < 500; i++) {
-        SparseRange within = { start, start + 128 * PAGE };
-        SparseRange data;
-
-        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
-        g_assert_cmphex(data.start, ==, within.start);
-        g_assert_cmphex(data.end, ==, within.end);
-    }
-    return g_get_monotonic_time() - before;
-}
-
-/*
- * How long it takes must not depend on how much data there is behind the part
- * that is looked at: multifd looks at each of its packets.
- */
-static void test_next_data_dense(void)
-{
-    uint64_t size = 64 * MiB;
-    int fd = memfd_new(size, 0);
-    int64_t at_start, at_end;
-
-    for (uint64_t offset = 0; offset < size; offset += MiB) {
-        write_bytes(fd, offset, MiB, 1);
-    }
-    at_end = time_to_look(fd, size - 128 * PAGE);
-    at_start = time_to_look(fd, 0);
-    g_test_message("%" PRId64 " us with all of it behind, %" PRId64
-                   " us with nothing", at_start, at_end);
-    g_assert_cmpint(at_start, <, 20 * MAX(at_end, 2000));
-    close(fd);
-}
-
 static void test_next_data_refused(void)
 {
     SparseRange within = { 0, PAGE };
@@ -489,7 +453,6 @@ static void add_file_tests(void)
     g_test_add_func("/sparse-file/next-data/not-uptodate",
                     test_next_data_not_uptodate);
     g_test_add_func("/sparse-file/next-data/ends", test_next_data_ends);
-    g_test_add_func("/sparse-file/next-data/dense", test_next_data_dense);
     g_test_add_func("/sparse-file/next-data/refused", test_next_data_refused);
     g_test_add_func("/sparse-file/is-zero", test_is_zero);
     g_test_add_func("/sparse-file/punch", test_punch);
