@@ -85,7 +85,7 @@ test-binaries: deps
 	@scripts/build-qemu stock
 
 .PHONY: rig
-rig: build/$(BASE)/rig/fail-calls.so
+rig: deps build/$(BASE)/rig/fail-calls.so
 
 build/$(BASE)/rig/fail-calls.so: tests/rig/fail-calls.c
 	@mkdir -p $(@D)

@@ -15,21 +15,24 @@ class CgroupUnavailable(Exception):
 class _Files:
     """What a cgroup's files are called.
 
+    usage: bytes that it has now.
     events: has a line 'oom_kill N'.
     swap, swap_value: what keeps memory from being swapped out instead; None:
     the same value as the limit.
     """
     limit: str
+    usage: str
     peak: str
     events: str
     swap: str
     swap_value: Optional[int]
 
 
-_V1 = _Files('memory.limit_in_bytes', 'memory.max_usage_in_bytes',
-             'memory.oom_control', 'memory.memsw.limit_in_bytes', None)
-_V2 = _Files('memory.max', 'memory.peak', 'memory.events', 'memory.swap.max',
-             0)
+_V1 = _Files('memory.limit_in_bytes', 'memory.usage_in_bytes',
+             'memory.max_usage_in_bytes', 'memory.oom_control',
+             'memory.memsw.limit_in_bytes', None)
+_V2 = _Files('memory.max', 'memory.current', 'memory.peak', 'memory.events',
+             'memory.swap.max', 0)
 
 
 def parse_own(text: str) -> Optional[Tuple[bool, str]]:
@@ -135,14 +138,23 @@ class Cgroup:
         os.rmdir(self._path)
 
     def _set_up(self) -> None:
-        files = self._files
         self.oom_kills()
+        self._set_limit()
+        self._try()
+
+    def leave(self, room: int) -> None:
+        """Lower the limit to what is in use now, and this many bytes."""
+        used = int(_read(f'{self._path}/{self._files.usage}'))
+        self.limit = min(self.limit, used + room)
+        self._set_limit()
+
+    def _set_limit(self) -> None:
+        files = self._files
         _write(f'{self._path}/{files.limit}', self.limit)
         swap = f'{self._path}/{files.swap}'
         if os.path.exists(swap):        # not without swap in the kernel
             _write(swap, self.limit if files.swap_value is None
                    else files.swap_value)
-        self._try()
 
     def _try(self) -> None:
         """Raise OSError unless a process of this user may be moved there."""

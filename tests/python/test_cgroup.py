@@ -92,6 +92,15 @@ class Limit(unittest.TestCase):
             self.skipTest(str(err))
         self.assertFalse(os.path.exists(path))
 
+    def test_leave(self):
+        try:
+            with Cgroup(self.LIMIT) as group:
+                group.leave(16 * MIB)
+                self.assertLess(group.limit, self.LIMIT)
+                self.assertEqual(self.run_with(group, self.LIMIT // 2), -9)
+        except CgroupUnavailable as err:
+            self.skipTest(str(err))
+
     def test_a_directory_without_controller_is_left_as_it_was(self):
         with tempfile.TemporaryDirectory() as directory, \
              mock.patch.object(cgroup, '_places', lambda: (

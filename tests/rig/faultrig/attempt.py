@@ -13,6 +13,7 @@ from sparseram.memory import PAGE_SIZE
 from sparseram.migrate import MigrationAborted, Watchdog
 
 from .cases import BYTES, SECONDS, Case, Cut, Mode
+from .known import has_migration_thread
 from .peek import Expected, Peeker
 from .proxy import Proxy
 from .sides import Side
@@ -24,6 +25,9 @@ _POLL_INTERVAL = 0.004          # seconds
 _GRACE = 1.0                    # seconds
 
 _RECOVERIES = 8
+
+# How long QEMU may take to clean up after a migration that has failed
+_CLEANUP_SECONDS = 10.0
 
 # Of 'held': accesses to data and to zero pages that have not arrived, how long
 # they are seen to wait, and how long they may wait once they can be answered
@@ -245,6 +249,21 @@ class Attempt:
         self.ending.happened = True
         return True
 
+    def _start_migration(self, uri: str) -> None:
+        """The one before may have failed without having cleaned up yet."""
+        deadline = time.monotonic() + _CLEANUP_SECONDS
+        while True:
+            try:
+                self._source.qmp('migrate', uri=uri)
+                return
+            except GuestGone:
+                raise
+            except GuestError as err:
+                if 'duplicate yank instance' not in str(err) or \
+                        time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_INTERVAL)
+
     # Through connections
 
     def _path(self, name: str) -> str:
@@ -264,7 +283,7 @@ class Attempt:
         if case.moment and case.moment.what == BYTES:
             self._stop_at(proxy, int(case.moment.value))
         self._started = time.monotonic()
-        self._source.qmp('migrate', uri=proxy.uri)
+        self._start_migration(proxy.uri)
         if case.fault == 'cancel-early':
             time.sleep(self._dice.uniform(0, 0.1))
             self._acted = True
@@ -305,6 +324,8 @@ class Attempt:
         if _PAUSED in (source, destination) and GONE in (source, destination):
             return True
         if source == _PAUSED and destination == 'failed':
+            return None
+        if source == 'cancelling' and not has_migration_thread(self._source):
             return None
         if source in _SOURCE_DONE and \
                 destination in ('none', 'setup', _PAUSED):
@@ -473,7 +494,7 @@ class Attempt:
         case = self._case
         path = self._path('state')
         self._started = time.monotonic()
-        self._source.qmp('migrate', uri=f'file:{path}')
+        self._start_migration(f'file:{path}')
         self._settle(lambda source, _: source in _SOURCE_DONE)
         if case.fault == 'truncate' and case.moment:
             length = int(os.path.getsize(path) * case.moment.value)

@@ -123,8 +123,8 @@ class Case:
     cuts: of the first channel, and of those of the recoveries.
     rules: calls that fail, by side: 'source', 'destination'.
     pause_destination: migrate-pause is said to the destination.
-    limit: bytes of memory that the destination may have in its cgroup, or
-    that its tmpfs has.
+    limit: bytes of memory that the destination may have in its cgroup in
+    addition to what it has when it starts, or that its tmpfs has.
     peeks: threads that access RAM of the destination during postcopy.
     second_mode: of the second attempt.
     """
@@ -411,7 +411,7 @@ def draw(seed: int) -> Case:
     if fault == 'calls':
         case = replace(case, rules=_draw_rules(dice, case))
     if fault == 'oom':
-        case = replace(case, limit=24 * MIB + dice.randrange(2 * amount))
+        case = replace(case, limit=dice.randrange(2 * amount))
     if fault == 'tmpfs-full':
         case = replace(case, limit=dice.randrange(2 * amount) // PAGE_SIZE
                        * PAGE_SIZE + 4 * PAGE_SIZE)

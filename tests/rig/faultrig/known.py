@@ -11,11 +11,13 @@ import os
 import signal
 import threading
 from contextlib import suppress
-from typing import Dict, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
-from .attempt import Ending
 from .cases import Case
 from .sides import Side
+
+if TYPE_CHECKING:
+    from .attempt import Ending
 
 # When the channel breaks after the source of postcopy has sent the last page,
 # it fails instead of pausing (migration_completion()), although the guest runs
@@ -34,9 +36,26 @@ MULTIFD_END = {
 # there.
 MAPPED_RAM_SHORT = 'mapped-ram with multifd: SIGSEGV at a short read'
 
+# With exit-on-error=false, when postcopy fails on the destination before the
+# guest runs there, process_incoming_migration_co() frees what the threads of
+# postcopy still use.
+POSTCOPY_EARLY = 'postcopy: destination crashes when it fails before it runs'
+
+# When the destination pauses again and again
+PREEMPT_RECOVER = 'postcopy-preempt: SIGSEGV after several recoveries'
+
+# When multifd is cancelled at the moment at which it is set up or fails, the
+# state stays "cancelling", although the migration has ended and is cleaned up.
+MULTIFD_CANCEL = 'multifd: source says that it is cancelling for ever'
+
 # Seconds for which a thread has to be waiting
 _PATIENCE = 3.0
 _INTERVAL = 0.2
+
+
+def has_migration_thread(side: Side) -> bool:
+    """Whether a source is at work."""
+    return any(name.startswith('mig/src') for name in _threads(side.pid))
 
 
 # What QEMU calls its threads (-name debug-threads=on)
@@ -104,7 +123,7 @@ class MultifdWatch(threading.Thread):
         self.join()
 
 
-def recognize(case: Case, ending: Ending,
+def recognize(case: Case, ending: 'Ending',
               destination_status: Optional[int]) -> str:
     """The name of the bug that a case has run into, '' if none.
 
@@ -114,6 +133,15 @@ def recognize(case: Case, ending: Ending,
             ending.destination in ('completed', 'postcopy-paused') and \
             ending.happened:
         return POSTCOPY_END
+    if ending.source == 'cancelling' and 'multifd' in case.how.capabilities:
+        return MULTIFD_CANCEL
+    crashed = destination_status in (-signal.SIGSEGV, -signal.SIGABRT)
+    if case.how.postcopy and crashed and not case.exit_on_error and \
+            not ending.ran:
+        return POSTCOPY_EARLY
+    if 'postcopy-preempt' in case.how.capabilities and \
+            destination_status == -signal.SIGSEGV and ending.recoveries > 1:
+        return PREEMPT_RECOVER
     if case.mode == 'mapped-ram-multifd' and \
             destination_status == -signal.SIGSEGV and \
             case.fault in ('truncate', 'tmpfs-full', 'kill-source', 'cancel'):

@@ -24,7 +24,7 @@ from .cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS, TO_DESTINATION,
                     Case, Cut, Dice, Moment)
 from .peek import Expected
 from .run import Result, Tools
-from .sides import Side, Snapshot
+from .sides import Side, Snapshot, stacks
 from .verdict import Wrong, check_ended, require
 
 _SIZE = 64 * MIB
@@ -200,6 +200,12 @@ class _Live:
         self._wait_for(name, 'V', 1 - self._said(name).count('V'), watchdog)
         self._wait_for(name, 'B', 2, watchdog)
 
+    def look_at_hang(self) -> None:
+        """Before all is killed."""
+        for side in self._sides:
+            if side.ended() is None and not side.stacks:
+                side.stacks = stacks(side.pid, side.use_gdb)
+
     def finish(self) -> None:
         """Kill all, keep what they have said."""
         for side in self._sides:
@@ -220,6 +226,10 @@ def run_live(seed: int, tools: Tools) -> Result:
             try:
                 live = _Live(cases, tools, directory, stack, result)
                 live.run()
+            except Hang:
+                assert live
+                live.look_at_hang()
+                raise
             finally:
                 if live:
                     live.finish()
