@@ -74,6 +74,10 @@ check-qemu: deps ## Run QEMU's own migration-test (its default set) on the patch
 check-old-new: test-binaries ## Migrate between old and new QEMUs (also 7.2), compare streams (minutes)
 	@$(PYTHON) scripts/run-tests old-new-long
 
+.PHONY: check-sanitize
+check-sanitize: test-binaries ## Run our migration tests with sanitizers, which takes two more builds (an hour)
+	@$(PYTHON) scripts/run-tests asan tsan
+
 .PHONY: check-style
 check-style: source ## Check code, patches and scripts for style; run the scripts' tests
 	@scripts/apply-series

@@ -147,19 +147,27 @@ replace_tree()
 # The trees: TREE is stock or patched. Both lie at the same place relative to
 # their build directory, because then their compiler calls are the same and
 # ccache compiles a file only once for both. The links have the short names.
+# A tree has a second and a third build directory for sanitizers: TREE-asan and
+# TREE-tsan stand for these.
 tree_src()
 {
-    printf '%s' "$out/$1-tree/src"
+    printf '%s' "$out/${1%-?san}-tree/src"
 }
 
 tree_build()
 {
-    printf '%s' "$out/$1-tree/build"
+    case $1 in
+    *-?san) printf '%s' "$out/${1%-*}-tree/build-${1##*-}" ;;
+    *) printf '%s' "$out/$1-tree/build" ;;
+    esac
 }
 
 link_tree()
 {
-    mkdir -p "$out/$1-tree"
-    ln -sfn "$1-tree/src" "$out/$1-src"
-    ln -sfn "$1-tree/build" "$out/$1"
+    local tree=${1%-?san} build
+
+    build=$(tree_build "$1")
+    mkdir -p "$out/$tree-tree"
+    ln -sfn "$tree-tree/src" "$out/$tree-src"
+    ln -sfn "$tree-tree/${build##*/}" "$out/$1"
 }
