@@ -145,6 +145,11 @@ check-series: test-binaries ## Build and test each step of the series (hours; ST
 	@scripts/series-tree
 	@$(PYTHON) scripts/check-series $(if $(QUICK),--quick) $(STEPS)
 
+.PHONY: dsc
+dsc: deps ## Put the series into Debian's source package: build/BASE/dsc/
+	@scripts/deps git lintian quilt
+	@scripts/make-dsc
+
 .PHONY: clean
 clean: ## Remove what was built; the downloaded source package stays
 	@scripts/clean
