@@ -724,8 +724,12 @@ static void break_and_recover(QTestState *from, QTestState *to)
     wait_for_status(to, "postcopy-active");
 }
 
-/* What the guest has neither written nor read is a hole */
-static void check_untouched(const StressTest *test, QTestState *to)
+/*
+ * What the guest has neither written nor read should be a hole: how many pages
+ * are not
+ */
+static uint64_t count_untouched_allocated(const StressTest *test,
+                                          QTestState *to)
 {
     uint64_t first = writer_base(test) / PAGE_SIZE;
     size_t table_size = writer_pages(test) * sizeof(uint32_t);
@@ -757,8 +761,8 @@ static void check_untouched(const StressTest *test, QTestState *to)
                    " of them are allocated", untouched, writer_pages(test),
                    bad);
     g_assert_cmpuint(untouched, >, 0);
-    g_assert_cmpuint(bad, ==, 0);
     guest_ram_close(&ram);
+    return bad;
 }
 
 static void test_postcopy_stress(const void *opaque)
@@ -773,6 +777,7 @@ static void test_postcopy_stress(const void *opaque)
     QTestMigrationState src_state = { }, dst_state = { };
     g_autofree char *status = NULL;
     QTestState *from, *to;
+    uint64_t untouched_allocated = 0;
     int i;
 
     /* That the channel breaks is not passed over in silence */
@@ -818,11 +823,15 @@ static void test_postcopy_stress(const void *opaque)
     wait_for_beats(&dst_serial, 1);
 
     qtest_qmp_assert_success(to, "{ 'execute': 'stop' }");
-    check_untouched(test, to);
+    /* The guest is going to read all of it */
+    untouched_allocated = count_untouched_allocated(test, to);
     check_by_guest(test, to, &dst_serial);
 out:
     qtest_quit(from);
     qtest_quit(to);
+    /* Last, so that a QEMU that fails here has at least lost nothing */
+    g_assert_cmpuint(untouched_allocated, ==, 0);
+
     unlink(firmware);
     unlink(src_path);
     unlink(dst_path);
