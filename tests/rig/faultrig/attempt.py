@@ -22,9 +22,10 @@ _POLL_INTERVAL = 0.004          # seconds
 
 # How long a destination is given to notice that nothing comes any more, if it
 # may as well go on waiting for a connection
-_GRACE = 1.0                    # seconds
+_GRACE = 3.0                    # seconds
 
 _RECOVERIES = 8
+_RECOVERIES_WITHOUT_MEMORY = 3
 
 # How long QEMU may take to clean up after a migration that has failed
 _CLEANUP_SECONDS = 10.0
@@ -325,6 +326,9 @@ class Attempt:
             return True
         if source == _PAUSED and destination == 'failed':
             return None
+        if source == 'active' and destination == GONE and \
+                'postcopy-preempt' in self._case.how.capabilities:
+            return None                 # it may wait for ever
         if source == 'cancelling' and not has_migration_thread(self._source):
             return None
         if source in _SOURCE_DONE and \
@@ -333,8 +337,15 @@ class Attempt:
         if source == destination == _PAUSED:
             if self._case.fault == 'held' and not self._held:
                 self._access_while_paused()
+            if self._memory_never_comes():
+                return True
             self._recover()
         return False
+
+    def _memory_never_comes(self) -> bool:
+        """Whether to recover once more would end like the times before."""
+        return (self._case.fault in ('tmpfs-full', 'oom') and
+                self.ending.recoveries >= _RECOVERIES_WITHOUT_MEMORY)
 
     # Postcopy
 

@@ -10,8 +10,9 @@ import glob
 import os
 import signal
 import threading
+from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Dict, List, Optional
+from typing import TYPE_CHECKING, Deque, Dict, List, Optional
 
 from .cases import Case
 from .sides import Side
@@ -36,21 +37,39 @@ MULTIFD_END = {
 # there.
 MAPPED_RAM_SHORT = 'mapped-ram with multifd: SIGSEGV at a short read'
 
-# With exit-on-error=false, when postcopy fails on the destination before the
-# guest runs there, process_incoming_migration_co() frees what the threads of
-# postcopy still use.
+# When a channel ends in its first 4 bytes, the destination goes on looking for
+# the rest in migration_channel_read_peek(), with its monitor, for ever.
+CHANNEL_SHORT = 'multifd: destination waits for the first bytes of a channel'
+
+# When a channel ends before its first packet, the destination says so, and then
+# goes on waiting for another one.  The source waits until all is read, at the
+# end with its monitor.
+CHANNEL_IGNORED = 'multifd: both wait after a channel has failed to start'
+_IGNORED = ('Failed to peek at channel',
+            'failed to receive packet via multifd channel')
+
+# When postcopy fails on the destination before the guest runs there,
+# process_incoming_migration_co() frees what the threads of postcopy still use.
 POSTCOPY_EARLY = 'postcopy: destination crashes when it fails before it runs'
 
-# When the destination pauses again and again
-PREEMPT_RECOVER = 'postcopy-preempt: SIGSEGV after several recoveries'
+# When the destination dies before it has answered the first ping, the source of
+# postcopy-preempt waits for that in migration_wait_main_channel() for ever; the
+# guest runs on.
+PREEMPT_PONG = 'postcopy-preempt: source waits for an answer of who is gone'
+
+# When the channel breaks once more while it is being recovered,
+# postcopy_preempt_thread() goes on with a channel that is not there any more.
+PREEMPT_RECOVER = 'postcopy-preempt: SIGSEGV when recovery is interrupted'
 
 # When multifd is cancelled at the moment at which it is set up or fails, the
 # state stays "cancelling", although the migration has ended and is cleaned up.
 MULTIFD_CANCEL = 'multifd: source says that it is cancelling for ever'
 
-# Seconds for which a thread has to be waiting
-_PATIENCE = 3.0
+# How often to look, in seconds, and how many times a thread has to be seen
+# waiting, of how many
 _INTERVAL = 0.2
+_LOOKS = 16
+_SEEN = 12
 
 
 def has_migration_thread(side: Side) -> bool:
@@ -92,28 +111,44 @@ def waits_for_channel(name: str, threads: Dict[str, List[str]],
 
 
 class MultifdWatch(threading.Thread):
-    """Kills a side that MULTIFD_END has happened to.
+    """Kills a side that hangs because of one of these bugs of multifd.
 
-    found: the name of the bug, '' if it has not happened.
+    found: the name of the bug, '' if none has happened.
     """
 
-    def __init__(self, side: Side, channels: int):
-        """channels: of multifd, without the main one"""
+    def __init__(self, side: Side, channels: int,
+                 destination: Optional[Side] = None):
+        """
+        channels: of multifd, without the main one
+        destination: of a source
+        """
         super().__init__(daemon=True)
         self._side = side
         self._channels = channels
+        self._destination = destination
         self._over = threading.Event()
         self.found = ''
 
+    def _symptom(self) -> str:
+        """What it looks like now."""
+        threads = _threads(self._side.pid)
+        if waits_for_channel(self._side.name, threads, self._channels):
+            return MULTIFD_END[self._side.name]
+        if not self._destination:
+            return (CHANNEL_SHORT if 'nanosleep' in ''.join(
+                threads.get('main', ())) else '')
+        if 'futex' in ''.join(threads.get(_MIGRATION, ())) and \
+                any(text in self._destination.said() for text in _IGNORED):
+            return CHANNEL_IGNORED
+        return ''
+
     def run(self) -> None:
-        name = self._side.name
-        seen = 0.0
+        looks: Deque[str] = deque(maxlen=_LOOKS)
         while not self._over.wait(_INTERVAL):
-            seen = (seen + _INTERVAL
-                    if waits_for_channel(name, _threads(self._side.pid),
-                                         self._channels) else 0.0)
-            if seen >= _PATIENCE:
-                self.found = MULTIFD_END[name]
+            symptom = self._symptom()
+            looks.append(symptom)
+            if symptom and looks.count(symptom) >= _SEEN:
+                self.found = symptom
                 self._side.kill()
                 return
 
@@ -135,12 +170,14 @@ def recognize(case: Case, ending: 'Ending',
         return POSTCOPY_END
     if ending.source == 'cancelling' and 'multifd' in case.how.capabilities:
         return MULTIFD_CANCEL
+    if ending.source == 'active' and destination_status is not None and \
+            'postcopy-preempt' in case.how.capabilities:
+        return PREEMPT_PONG
     crashed = destination_status in (-signal.SIGSEGV, -signal.SIGABRT)
-    if case.how.postcopy and crashed and not case.exit_on_error and \
-            not ending.ran:
+    if case.how.postcopy and crashed and not ending.ran:
         return POSTCOPY_EARLY
     if 'postcopy-preempt' in case.how.capabilities and \
-            destination_status == -signal.SIGSEGV and ending.recoveries > 1:
+            destination_status == -signal.SIGSEGV and ending.recoveries:
         return PREEMPT_RECOVER
     if case.mode == 'mapped-ram-multifd' and \
             destination_status == -signal.SIGSEGV and \

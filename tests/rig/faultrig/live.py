@@ -7,25 +7,23 @@ breaks and is recovered; in the end it checks all of its pages.
 """
 
 import os
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import List, Optional, Set
+from typing import List, Set
 
 from sparseram import memory, writer
-from sparseram.guest import GuestError
 from sparseram.memory import GIB, KIB, MIB, PAGE_SIZE
-from sparseram.migrate import MigrationAborted, watched
+from sparseram.migrate import watched
 
 from . import known
 from .attempt import Attempt, Hang, configure
 from .cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS, TO_DESTINATION,
                     Case, Cut, Dice, Moment)
 from .peek import Expected
-from .run import Result, Tools
-from .sides import Side, Snapshot, stacks
-from .verdict import Wrong, check_ended, require
+from .run import Job, Result, Tools, run_job
+from .sides import Side, Snapshot
+from .verdict import check_ended, require
 
 _SIZE = 64 * MIB
 _BASE = 8 * MIB
@@ -75,17 +73,14 @@ def draw(seed: int) -> List[Case]:
     return [*cases, Case(seed, dice.choice(PRECOPY), 'none')]
 
 
-class _Live:
+class _Live(Job):
     """One guest at work."""
 
     def __init__(self, cases: List[Case], tools: Tools, directory: str,
-                 stack: ExitStack, result: Result):
+                 result: Result, stack: ExitStack):
+        super().__init__(directory, result, stack)
         self._cases = cases
         self._tools = tools
-        self._directory = directory
-        self._stack = stack
-        self._result = result
-        self._sides: List[Side] = []
         self._rom = os.path.join(directory, 'rom')
         with open(self._rom, 'wb') as file:
             file.write(firmware(cases[0].seed))
@@ -124,7 +119,6 @@ class _Live:
                    value.to_bytes(4, 'little'))
 
     def run(self) -> None:
-        """Raises Wrong, Hang, GuestError, MigrationAborted."""
         source = self._start('source', False)
         with watched(self._sides, GIB // 2, _TIMEOUT) as watchdog:
             source.qmp('cont')
@@ -137,6 +131,8 @@ class _Live:
                                    watchdog)
                 if self._result.outcome.startswith('QEMU 10.0'):
                     return
+                if self._result.outcome:
+                    break               # what had to happen came too late
             self._check_by_guest(name, destination, watchdog)
 
     def _migrate(self, case: Case, number: int, source: Side,
@@ -200,42 +196,13 @@ class _Live:
         self._wait_for(name, 'V', 1 - self._said(name).count('V'), watchdog)
         self._wait_for(name, 'B', 2, watchdog)
 
-    def look_at_hang(self) -> None:
-        """Before all is killed."""
-        for side in self._sides:
-            if side.ended() is None and not side.stacks:
-                side.stacks = stacks(side.pid, side.use_gdb)
-
-    def finish(self) -> None:
-        """Kill all, keep what they have said."""
-        for side in self._sides:
-            self._result.logs[side.name] = side.bury()
-            if side.stacks:
-                self._result.logs[f'{side.name}: threads'] = side.stacks
-
 
 def run_live(seed: int, tools: Tools) -> Result:
     """Run one guest through its migrations."""
     cases = draw(seed)
-    result = Result(cases[0])
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix='faults-') as directory, \
-         ExitStack() as stack:
-        live: Optional[_Live] = None
-        try:
-            try:
-                live = _Live(cases, tools, directory, stack, result)
-                live.run()
-            except Hang:
-                assert live
-                live.look_at_hang()
-                raise
-            finally:
-                if live:
-                    live.finish()
-        except (Wrong, Hang, MigrationAborted, GuestError, RuntimeError,
-                OSError, ValueError) as err:
-            result.complaint = f'{type(err).__name__}: {err} (' + '; '.join(
-                case.describe() for case in cases) + ')'
-    result.seconds = time.monotonic() - began
+    result = run_job(Result(cases[0]), lambda directory, result, stack:
+                     _Live(cases, tools, directory, result, stack))
+    if result.complaint:
+        result.complaint += ' (' + '; '.join(case.describe()
+                                             for case in cases) + ')'
     return result

@@ -77,18 +77,73 @@ def _no_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
-class _Run:
+class Job:
+    """The QEMUs of a case, while it runs.
+
+    directory: for its files.  stack: of what is to be undone afterwards.
+    """
+
+    def __init__(self, directory: str, result: Result, stack: ExitStack):
+        self._directory = directory
+        self._result = result
+        self._stack = stack
+        self._sides: List[Side] = []
+
+    def run(self) -> None:
+        """Raises Wrong, Hang, Unavailable, GuestError, MigrationAborted."""
+        raise NotImplementedError
+
+    def look_at_hang(self) -> None:
+        """Before all is killed."""
+        for side in self._sides:
+            if side.ended() is None and not side.stacks:
+                side.stacks = stacks(side.pid, side.use_gdb)
+
+    def finish(self) -> None:
+        """Kill all, look at what they have said."""
+        for side in self._sides:
+            log = side.bury()
+            self._result.logs[side.name] = log
+            if side.stacks:
+                self._result.logs[f'{side.name}: threads'] = side.stacks
+            migrations = 2 if side.name == 'source' else 1
+            verdict.check_warnings(log, side.name, migrations)
+
+
+def run_job(result: Result,
+            make: Callable[[str, Result, ExitStack], Job]) -> Result:
+    """Run a job; nothing is left behind, whatever comes of it."""
+    _no_core_dumps()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix='faults-') as directory, \
+         ExitStack() as stack:
+        job = make(directory, result, stack)
+        try:
+            try:
+                job.run()
+            except Hang:
+                job.look_at_hang()
+                raise
+            finally:
+                job.finish()
+        except Unavailable as err:
+            result.skipped = str(err)
+        except (Wrong, Hang, MigrationAborted, GuestError, RuntimeError,
+                OSError, ValueError) as err:
+            result.complaint = f'{type(err).__name__}: {err}'
+    result.seconds = time.monotonic() - began
+    return result
+
+
+class _Run(Job):
     """One case at work."""
 
     def __init__(self, case: Case, tools: Tools, directory: str,
                  result: Result, stack: ExitStack):
+        super().__init__(directory, result, stack)
         self._case = case
         self._tools = tools
-        self._directory = directory
-        self._result = result
-        self._stack = stack
         self._dice = random.Random(case.seed)
-        self._sides: List[Side] = []
         self._tmpfs = ''
         self._cgroup: Optional[Cgroup] = None
 
@@ -147,7 +202,6 @@ class _Run:
     # The migration
 
     def run(self) -> None:
-        """Raises Wrong, Hang, Unavailable, GuestError, MigrationAborted."""
         case = self._case
         self._check_available()
         source = self._start('source', case.source, False,
@@ -209,7 +263,8 @@ class _Run:
         self._result.happened = ending.happened
         self._check(source, destination, snapshot, old, attempt, before, bug)
         self._result.peeks = sum(peeker.done for peeker in attempt.peekers)
-        if bug in (known.POSTCOPY_END, known.MULTIFD_CANCEL):
+        if bug in (known.POSTCOPY_END, known.MULTIFD_CANCEL,
+                   known.PREEMPT_PONG):
             return None
         lost = ending.destination not in ('completed', 'postcopy-paused')
         if ending.source in ('failed', 'cancelled') or \
@@ -227,8 +282,9 @@ class _Run:
         how = self._case.how
         watches = []
         if not how.file and 'multifd' in how.capabilities:
-            watches = [known.MultifdWatch(side, how.channels - 1)
-                       for side in (source, destination)]
+            watches = [
+                known.MultifdWatch(source, how.channels - 1, destination),
+                known.MultifdWatch(destination, how.channels - 1)]
         for watch in watches:
             watch.start()
         try:
@@ -357,22 +413,6 @@ class _Run:
         require(destination.status() == 'running',
                 'the second destination cannot run')
 
-    def look_at_hang(self) -> None:
-        """Before all is killed."""
-        for side in self._sides:
-            if side.ended() is None and not side.stacks:
-                side.stacks = stacks(side.pid, side.use_gdb)
-
-    def finish(self) -> None:
-        """Kill all, look at what they have said."""
-        for side in self._sides:
-            log = side.bury()
-            self._result.logs[side.name] = log
-            if side.stacks:
-                self._result.logs[f'{side.name}: threads'] = side.stacks
-            migrations = 2 if side.name == 'source' else 1
-            verdict.check_warnings(log, side.name, migrations)
-
 
 def _remove(path: str) -> None:
     with suppress(FileNotFoundError):
@@ -380,25 +420,6 @@ def _remove(path: str) -> None:
 
 
 def run_case(case: Case, tools: Tools) -> Result:
-    """Run one case; nothing is left behind, whatever comes of it."""
-    _no_core_dumps()
-    result = Result(case)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix='faults-') as directory, \
-         ExitStack() as stack:
-        run = _Run(case, tools, directory, result, stack)
-        try:
-            try:
-                run.run()
-            except Hang:
-                run.look_at_hang()
-                raise
-            finally:
-                run.finish()
-        except Unavailable as err:
-            result.skipped = str(err)
-        except (Wrong, Hang, MigrationAborted, GuestError, RuntimeError,
-                OSError, ValueError) as err:
-            result.complaint = f'{type(err).__name__}: {err}'
-    result.seconds = time.monotonic() - began
-    return result
+    """Run one case."""
+    return run_job(Result(case), lambda directory, result, stack:
+                   _Run(case, tools, directory, result, stack))

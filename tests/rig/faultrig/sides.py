@@ -133,21 +133,8 @@ class Side(Guest):
 
     def _start(self) -> None:
         super()._start()
-        self.base = self._find_mapping()
-
-    def _find_mapping(self) -> int:
-        """Address of RAM in the process."""
-        found = []
-        with open(f'/proc/{self.pid}/maps', encoding='utf-8') as lines:
-            for line in lines:
-                start, end = (int(x, 16)
-                              for x in line.split(maxsplit=1)[0].split('-'))
-                if end - start == self.size:
-                    found.append(start)
-        if len(found) != 1:
-            raise RuntimeError(f'process {self.pid} has {len(found)} mappings '
-                               f'of {self.size} bytes, expected one')
-        return found[0]
+        # All kinds are one mapping of this size
+        self.base = AnonymousRam(self.pid, self.size).base
 
     def kill(self) -> None:
         """Kill it, as the fault that the case is about; from any thread."""
@@ -162,6 +149,16 @@ class Side(Guest):
     def ended(self) -> Optional[int]:
         """Exit status, or minus the signal; None if it is alive."""
         return self._vm.exitcode()
+
+    def said(self) -> str:
+        """What it has said so far."""
+        # pylint: disable=protected-access
+        try:
+            with open(self._vm._qemu_log_path, encoding='utf-8',
+                      errors='replace') as log:
+                return log.read()
+        except (OSError, TypeError):    # it is over
+            return ''
 
     def bury(self) -> str:
         """Kill it, return all that it has said."""
