@@ -445,31 +445,49 @@ static void remove_tls_key(void)
 #endif
 }
 
-static void run_postcopy(const CapabilityCase *c, QTestState *from,
+/*
+ * Write until a later pass.  Returns whether the migration is still going on: on
+ * a busy host all may have been sent before the test looks.
+ */
+static bool rewrite_after_pass(QTestState *from)
+{
+    g_autofree char *status = NULL;
+    unsigned round = 0;
+
+    while (get_migration_pass(from) < 2) {
+        rewrite_pages(from, round++);
+    }
+    /* From here on it cannot come to its end, and no write is too late */
+    migrate_set_parameter_int(from, "max-bandwidth", 4 * KiB);
+    rewrite_pages(from, round);
+    status = migrate_query_status(from);
+    return g_str_equal(status, "active");
+}
+
+/* Returns whether there was a postcopy */
+static bool run_postcopy(const CapabilityCase *c, QTestState *from,
                          QTestState *to)
 {
     bool after_pass = c->mode == MODE_POSTCOPY_PASS;
-    unsigned round = 0;
 
     /* So slowly that it cannot be over before the switch */
     migrate_set_parameter_int(from, "max-bandwidth",
-                              after_pass ? 32 * MiB : 4 * KiB);
+                              after_pass ? 8 * MiB : 4 * KiB);
     migrate_set_parameter_int(from, "downtime-limit", 1);
     migrate_qmp(from, to, NULL, NULL, "{}");
-    if (after_pass) {
-        while (get_migration_pass(from) < 2) {
-            rewrite_pages(from, round++);
-        }
-        rewrite_pages(from, round);
-    } else {
+    if (!after_pass) {
         wait_for_migration_status(from, "active", NULL);
+    } else if (!rewrite_after_pass(from)) {
+        return false;
     }
     qtest_qmp_assert_success(from, "{ 'execute': 'migrate-start-postcopy' }");
     wait_for_migration_complete(from);
     wait_for_migration_complete(to);
+    return true;
 }
 
-static void migrate_case(const CapabilityCase *c, QTestState *from,
+/* Returns whether what is to be tested has happened */
+static bool migrate_case(const CapabilityCase *c, QTestState *from,
                          QTestState *to)
 {
     migrate_set_both_capability(from, to, CAPABILITY);
@@ -486,10 +504,10 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
     switch (c->mode) {
     case MODE_FILE:
         run_file(from, to);
-        return;
+        return true;
     case MODE_FD:
         run_fd(c, from, to);
-        return;
+        return true;
     case MODE_MULTIFD:
     case MODE_MULTIFD_LEGACY:
         migrate_set_multifd(from, to);
@@ -498,7 +516,7 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
             migrate_set_parameter_str(from, "zero-page-detection", "legacy");
         }
         run_precopy(c, from, to, NULL);
-        return;
+        return true;
     case MODE_XBZRLE:
         migrate_set_parameter_int(from, "xbzrle-cache-size", 32 * MiB);
         migrate_set_both_capability(from, to, "xbzrle");
@@ -511,13 +529,13 @@ static void migrate_case(const CapabilityCase *c, QTestState *from,
             migrate_set_both_capability(from, to, "postcopy-preempt");
         }
         migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
-        run_postcopy(c, from, to);
-        return;
+        return run_postcopy(c, from, to);
     default:
         break;
     }
     migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
     run_precopy(c, from, to, NULL);
+    return true;
 }
 
 /* Each hole is counted once, and takes next to nothing in the stream */
@@ -621,7 +639,11 @@ static void test_capability(const void *opaque)
     guest_ram_prepare(&pair.src, kinds);
     guest_ram_state_take(&before, &pair.src);
 
-    migrate_case(c, pair.from, pair.to);
+    if (!migrate_case(c, pair.from, pair.to)) {
+        g_test_skip("the host is too busy: all was sent before the test looked");
+        guest_pair_end(&pair);
+        return;
+    }
 
     if (!c->rewrite) {
         g_auto(GuestRamState) after = { };
