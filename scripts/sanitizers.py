@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What QEMU's sanitizers have reported, and whose it is.
 
-A report is ours if a function call in it lies in a file of this project, or in
-a line that the patches have changed.  All others must be listed: then a QEMU
-without the patches gives them, too.  The lists have the format of the
-sanitizers' own suppressions (tests/rig/*.supp), but are not given to the
-sanitizers: there, one that is meant for QEMU would hide ours.
+A report is ours if it happened in a line that the patches have changed, or if
+a function of this project's files takes part in it, however far out.  All others
+must be listed, in tests/rig/*.supp: then a QEMU without the patches gives them,
+too.  The lists are not given to the sanitizers: there, what is meant for QEMU
+would hide what is ours.
 """
 
 import fnmatch
@@ -26,7 +26,7 @@ _STACK_TITLES = re.compile(
     r'\s*(?:(?:Previous |Atomic |atomic )*(?:[Rr]ead|[Ww]rite) of size|'
     r'(?:READ|WRITE) of size|Previous (?:atomic )?(?:read|write)|'
     r'(?:In)?[Dd]irect leak of|.*runtime error:|=+\d*=*\s*ERROR:|'
-    r'Mutex .* acquired here|WARNING: ThreadSanitizer)')
+    r'WARNING: ThreadSanitizer)')
 
 _STARTS = (
     # ThreadSanitizer
@@ -58,19 +58,20 @@ class Report:
     stacks: List[List[Frame]]
     text: List[str]
 
-    def tops(self) -> List[str]:
-        """The innermost function of each stack, but for the sanitizer's own.
+    def tops(self) -> List[Frame]:
+        """The innermost call of each stack, but for the sanitizer's own.
 
         Those stand in for functions of libraries, such as memcpy().
         """
-        return [next((frame[0] for frame in stack
-                      if '/libsanitizer/' not in frame[1]), stack[0][0])
+        return [next((frame for frame in stack
+                      if '/libsanitizer/' not in frame[1]), stack[0])
                 for stack in self.stacks if stack]
 
     @property
     def where(self) -> str:
-        """For people, and to tell reports apart."""
-        return f'{self.kind}: {", ".join(sorted(set(self.tops())))}'
+        """For people, and to tell reports apart: as it is listed."""
+        functions = sorted({frame[0] for frame in self.tops()})
+        return f'{self.kind}:{",".join(functions)}'
 
 
 def _start_of(line: str) -> str:
@@ -130,7 +131,7 @@ class Ownership:
         self._lines: Dict[str, Set[int]] = {}
 
     def _changed(self, path: str) -> Set[int]:
-        """Lines of a file that differ; {0} means all of them."""
+        """Lines of a file that differ; {0} for a file that is new."""
         old = os.path.join(self._stock, path)
         new = os.path.join(self._patched, path)
         if not os.path.exists(new):
@@ -144,44 +145,45 @@ class Ownership:
             lines.update(range(int(start), int(start) + int(count or 1)))
         return lines
 
-    def has(self, frame: Frame) -> bool:
-        """Whether the call that a frame shows is in a line of ours."""
+    def _lines_of(self, frame: Frame) -> Set[int]:
         # ../src/migration/ram.c
         path = os.path.normpath(frame[1]).rpartition('/src/')[2]
         path = re.sub(r'^(\.\./)*(src/)?', '', path)
         if path not in self._lines:
             self._lines[path] = self._changed(path)
-        lines = self._lines[path]
-        return 0 in lines or frame[2] in lines
+        return self._lines[path]
+
+    def has(self, report: Report) -> bool:
+        """Whether a report is ours."""
+        frames = [frame for stack in report.stacks for frame in stack]
+        # Who has lost memory need not have called malloc() itself
+        nearest = frames if report.kind == 'leak' else report.tops()
+        return (any(frame[2] in self._lines_of(frame) for frame in nearest) or
+                any(0 in self._lines_of(frame) for frame in frames))
 
 
 class Listed:
-    """Reports that are known: lines of "kind:function", comments after #.
+    """Reports that are known: one a line as Report.where has it, comments after #.
 
-    The function is the innermost one of a stack of the report, and may be a
-    pattern; for a leak, any function of the stack.
+    So a data race is listed by the functions of both sides.  Of a leak it is any
+    function of the stack.  May be a pattern as the shell's for files.
     """
 
     def __init__(self, path: str):
-        self.entries: List[Tuple[str, str]] = []
-        self.used: Set[Tuple[str, str]] = set()
+        self.used: Set[str] = set()
         with open(path, encoding='utf-8') as file:
-            for line in file:
-                entry = line.partition('#')[0].strip()
-                if entry:
-                    kind, _, function = entry.partition(':')
-                    self.entries.append((kind, function))
+            entries = [line.partition('#')[0].strip() for line in file]
+        self.entries = [entry for entry in entries if entry]
 
     def has(self, report: Report) -> bool:
         """Whether the report is listed."""
-        functions = report.tops()
+        names = [report.where]
         if report.kind == 'leak':
-            functions = [frame[0] for stack in report.stacks
-                         for frame in stack]
-        for kind, pattern in self.entries:
-            if (fnmatch.fnmatchcase(report.kind, kind)
-                    and fnmatch.filter(functions, pattern)):
-                self.used.add((kind, pattern))
+            names = [f'leak:{frame[0]}' for stack in report.stacks
+                     for frame in stack]
+        for entry in self.entries:
+            if fnmatch.filter(names, entry):
+                self.used.add(entry)
                 return True
         return False
 
@@ -199,8 +201,7 @@ def judge(reports: Sequence[Report], ownership: Ownership,
     """Tell ours from QEMU's."""
     verdict = Verdict({}, {}, {})
     for report in reports:
-        if any(ownership.has(frame) for stack in report.stacks
-               for frame in stack):
+        if ownership.has(report):
             verdict.ours.setdefault(report.where, report)
         elif known.has(report):
             verdict.listed[report.where] = verdict.listed.get(report.where,

@@ -93,45 +93,53 @@ class Sanitizers(unittest.TestCase):
             self.listed(known))
 
     def test_race(self):
-        """Only the accesses say whose it is."""
+        """Only what was done says whose it is."""
         verdict = self.judge(RACE)
-        self.assertEqual(list(verdict.unlisted), ['race: reads, writes'])
+        self.assertEqual(list(verdict.unlisted), ['race:reads,writes'])
         self.assertFalse(verdict.ours or verdict.listed)
 
     def test_race_listed(self):
-        for known in ('race:reads', '# why\nrace:wri*  # comment'):
+        for known in ('race:reads,writes', '# why\nrace:*,wri*  # comment'):
             verdict = self.judge(RACE + RACE, known)
-            self.assertEqual(verdict.listed, {'race: reads, writes': 2})
+            self.assertEqual(verdict.listed, {'race:reads,writes': 2})
             self.assertFalse(verdict.ours or verdict.unlisted)
 
     def test_race_not_listed(self):
         """Not by a function that is further out, or of another kind."""
-        for known in ('race:main', 'race:start_thread', 'leak:reads'):
+        for known in ('race:main', 'race:reads', 'race:writes', 'leak:reads'):
             self.assertTrue(self.judge(RACE, known).unlisted)
 
     def test_race_ours(self):
-        """In a line of ours, and although it is listed."""
+        """In a line of ours, or called by a file of ours; listed or not."""
         for ours in (RACE.replace('old.c:2', 'old.c:3'),
-                     RACE.replace('migration/old.c:4', 'migration/ours.c:1')):
-            verdict = self.judge(ours, 'race:reads\nrace:writes')
-            self.assertEqual(list(verdict.ours), ['race: reads, writes'])
+                     RACE.replace('migration/old.c:4', 'migration/ours.c:1'),
+                     RACE.replace('system/main.c:4', 'migration/ours.c:1')):
+            verdict = self.judge(ours, 'race:*')
+            self.assertEqual(list(verdict.ours), ['race:reads,writes'])
             self.assertIn('Previous atomic read',
-                          ''.join(verdict.ours['race: reads, writes'].text))
+                          ''.join(verdict.ours['race:reads,writes'].text))
+
+    def test_race_called(self):
+        """A line of ours that has called QEMU's function is none of ours."""
+        log = RACE.replace('system/main.c:4', 'migration/old.c:3')
+        self.assertFalse(self.judge(log).ours)
 
     def test_leaks(self):
         verdict = self.judge(LEAKS, 'leak:leaks')
-        self.assertEqual(list(verdict.listed), ['leak: leaks'])
-        self.assertEqual(list(verdict.ours), ['leak: leaks_ours'])
+        self.assertEqual(list(verdict.listed), ['leak:leaks'])
+        self.assertEqual(list(verdict.ours), ['leak:leaks_ours'])
+        verdict = self.judge(LEAKS.replace('old.c:2', 'old.c:3'), 'leak:leaks')
+        self.assertEqual(len(verdict.ours), 2)
 
     def test_overflow(self):
         verdict = self.judge(OVERFLOW)
         self.assertEqual(list(verdict.ours),
-                         ['heap-buffer-overflow: overflows'])
+                         ['heap-buffer-overflow:overflows'])
 
     def test_undefined(self):
         verdict = self.judge(UNDEFINED)
         self.assertEqual(list(verdict.unlisted),
-                         ['shift exponent 64 is too large: shifts'])
+                         ['shift exponent 64 is too large:shifts'])
         self.assertTrue(self.judge(UNDEFINED, 'shift exponent*:shifts').listed)
 
     def test_nothing(self):
