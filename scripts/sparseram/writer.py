@@ -110,6 +110,25 @@ def expected_words(page: int, sequence: int) -> List[Tuple[int, int]]:
     return [*words, (_PAGE_SIZE - 4, checksum)]
 
 
+def unfinished_words(page: int, sequence: int,
+                     content: bytes) -> List[Tuple[int, int]]:
+    """What the guest has written so far of a page that it is at.
+
+    It writes from the start of the page to its end, and may be stopped
+    anywhere.
+
+    @page, @sequence: as for expected_words(), of the write
+    @content: of the page
+
+    Returns the longest part of expected_words() that is there.
+    """
+    words = expected_words(page, sequence)
+    for count, (offset, word) in enumerate(words):
+        if struct.unpack_from('<I', content, offset) != (word,):
+            return words[:count]
+    return words
+
+
 def parse_table(table: bytes) -> List[int]:
     """The numbers of the last writes; 0 where there was none."""
     return [number for number, in struct.iter_unpack('<I', table)]

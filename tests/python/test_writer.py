@@ -73,6 +73,16 @@ class Words(unittest.TestCase):
         self.assertEqual(len(words), 9)
         self.assertEqual(max(words), 4092)
 
+    def test_unfinished(self) -> None:
+        """A guest that was stopped anywhere in a page; others stay."""
+        old, new = (writer.expected_words(3, sequence) for sequence in (5, 9))
+        for count in range(len(new) + 1):
+            page = bytearray(4096)
+            for offset, word in [*old, *new[:count]]:
+                struct.pack_into('<I', page, offset, word)
+            self.assertEqual(writer.unfinished_words(3, 9, page),
+                             new[:count])
+
     def test_table(self) -> None:
         """32-bit numbers."""
         self.assertEqual(writer.parse_table(b'\1\0\0\0\0\1\0\0'), [1, 256])

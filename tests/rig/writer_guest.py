@@ -7,7 +7,7 @@ See scripts/sparseram/writer.py.
 import os
 import struct
 import time
-from typing import Any, List
+from typing import Any, Iterable, List, Tuple
 
 from random_model import DATA, MIB, PAGE, ZERO, BlockModel, WrongResult
 from sparseram.blocks import Block
@@ -25,6 +25,17 @@ _GAP = 2 * MIB
 _TURN = 200000                  # ticks of the time-stamp counter a page
 _TIMEOUT = 50.0                 # seconds
 _POLL = 0.005
+
+
+def _read_number(block: Block, name: str) -> int:
+    return writer.parse_table(
+        block.read(writer.assemble().addresses[name], 4))[0]
+
+
+def _write(model: BlockModel, page: int,
+           words: Iterable[Tuple[int, int]]) -> None:
+    for offset, word in words:
+        model.write(_BASE + page * PAGE + offset, struct.pack('<I', word))
 
 
 class WriterGuest:
@@ -90,11 +101,14 @@ class WriterGuest:
         table = writer.parse_table(block.read(
             writer.assemble().addresses['TABLE'], 4 * self._pages))
         for page, sequence in enumerate(table):
-            if not sequence:
-                continue
-            for offset, word in writer.expected_words(page, sequence):
-                model.write(_BASE + page * PAGE + offset,
-                            struct.pack('<I', word))
+            if sequence:
+                _write(model, page, writer.expected_words(page, sequence))
+        last, current = (_read_number(block, name)
+                         for name in ('SEQUENCE', 'CURRENT'))
+        if last not in table and current < self._pages:
+            model.touch(_BASE + current * PAGE)     # reading may populate it
+            _write(model, current, writer.unfinished_words(
+                current, last, block.read(_BASE + current * PAGE, PAGE)))
 
     @staticmethod
     def allow(allowed: bytearray) -> None:

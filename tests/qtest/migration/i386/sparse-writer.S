@@ -56,10 +56,10 @@ seed:           .long   1
 focus:          .long   0
 focus_mask:     .long   0xfff
 verify:         .long   0
-        .org    SPARSE_WRITER_PARAMETERS_END - SPARSE_WRITER_LOAD
 
-        /* Of the last write */
-sequence:       .long   0
+sequence:       .long   0               /* of the last write, or this one */
+current:        .long   0
+        .org    SPARSE_WRITER_PARAMETERS_END - SPARSE_WRITER_LOAD
 
         .p2align 3
 gdt:
@@ -115,6 +115,7 @@ main_loop:
         jz      2f                      /* populate it before it is written */
         call    check_page
 2:
+        movl    %esi, ADDRESS(current)
         movl    ADDRESS(sequence), %ebx
         incl    %ebx
         movl    %ebx, ADDRESS(sequence)

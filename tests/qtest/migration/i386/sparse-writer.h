@@ -31,7 +31,15 @@
 #define SPARSE_WRITER_FOCUS_MASK (SPARSE_WRITER_PARAMETERS + 20)
 /* Not 0: check all pages, once */
 #define SPARSE_WRITER_VERIFY (SPARSE_WRITER_PARAMETERS + 24)
-#define SPARSE_WRITER_PARAMETERS_END (SPARSE_WRITER_PARAMETERS + 28)
+
+/*
+ * Where it is: number of the last write, and of the page, counted from the base,
+ * that this goes to.  A guest that is stopped may have written a part of the
+ * page; the table below then does not have the number yet.
+ */
+#define SPARSE_WRITER_SEQUENCE (SPARSE_WRITER_PARAMETERS + 28)
+#define SPARSE_WRITER_CURRENT (SPARSE_WRITER_PARAMETERS + 32)
+#define SPARSE_WRITER_PARAMETERS_END (SPARSE_WRITER_PARAMETERS + 36)
 
 /*
  * Address of its table of sequence numbers, one for each page: that of the last
