@@ -16,7 +16,7 @@ sys.dont_write_bytecode = True
 # pylint: disable=wrong-import-position
 import random_case                                          # noqa: E402
 import random_model as model                                # noqa: E402
-from random_case import BACKENDS, PATCHED, STOCK            # noqa: E402
+from random_case import BACKENDS, PATCHED, STOCK, TLS       # noqa: E402
 from random_model import (DATA, HOLE, PAGE, ZERO, BlockModel,   # noqa: E402
                           Content)
 from sparseram.blocks import Mapping, parse_blocks          # noqa: E402
@@ -46,6 +46,32 @@ class Draw(unittest.TestCase):
             for side in capabilities(case):
                 for one, other in pairs:
                     self.assertFalse({one, other} <= side, str(case))
+
+    def test_encryption(self):
+        for case in CASES:
+            sides = [side.parameters.get('tls-creds')
+                     for side in (case.source, case.destination)]
+            self.assertEqual(sides[0], sides[1])
+            if sides[0]:
+                self.assertFalse(case.to_file)
+                self.assertNotIn('zero-copy-send', case.source.capabilities)
+
+    def test_internal_snapshots(self):
+        for case in CASES:
+            self.assertEqual(case.mode == 'savevm', case.transport == 'disk')
+            if case.mode == 'savevm':
+                self.assertEqual(capabilities(case), (set(), set()))
+                self.assertEqual(case.dirty, '')
+
+    def test_locked_memory_is_there_before(self):
+        for case in CASES:
+            for block in case.blocks:
+                for side, qemu in ((block.source, case.source),
+                                   (block.destination, case.destination)):
+                    backend = BACKENDS[side.backend]
+                    if qemu.locked and not backend.shared and \
+                            backend.directory is None:
+                        self.assertTrue(side.in_process, str(case))
 
     def test_background_snapshot_goes_alone(self):
         for case in CASES:
@@ -145,7 +171,13 @@ class Draw(unittest.TestCase):
         self.assertEqual({case.dirty for case in CASES},
                          {'', 'qtest', 'guest'})
         self.assertEqual({case.transport for case in CASES},
-                         {'tcp', 'unix', 'fd', 'file', 'file-offset', 'exec'})
+                         {'tcp', 'unix', 'fd', 'file', 'file-offset', 'exec',
+                          'disk'})
+        sides = [side for case in CASES
+                 for side in (case.source, case.destination)]
+        self.assertEqual({side.locked for side in sides}, {True, False})
+        self.assertIn(TLS, {side.parameters.get('tls-creds')
+                            for side in sides})
 
     def test_describes_itself(self):
         text = str(random_case.draw(17))
@@ -189,6 +221,9 @@ class Policy(unittest.TestCase):
         stock = replace(self.case, destination=replace(
             self.case.destination, binary=STOCK))
         self.assertEqual(random_case.policy(stock, self.block()), 'any')
+        locked = replace(self.case, destination=replace(
+            self.case.destination, locked=True))
+        self.assertEqual(random_case.policy(locked, self.block()), 'any')
         off = replace(self.case, source=replace(self.case.source,
                                                 holes=False))
         self.assertTrue(random_case.source_reads(off, self.block()))

@@ -60,6 +60,9 @@ BACKENDS = {
     'anonymous-shared': Backend('memory-backend-ram,share=on', True, 'tmpfs'),
 }
 
+# Object that a channel is encrypted with
+TLS = 'tls0'
+
 # How often each is drawn
 _BACKEND_WEIGHTS = {
     'memfd': 30, 'memfd-private': 8, 'hugetlb': 8, 'hugetlb-private': 2,
@@ -74,7 +77,13 @@ _MODE_WEIGHTS = {
     'precopy': 20, 'xbzrle': 8, 'multifd': 25, 'postcopy': 20, 'file': 7,
     'mapped-ram': 8, 'mapped-ram-multifd': 8, 'background-snapshot': 4}
 
-_TO_FILE = ('file', 'mapped-ram', 'mapped-ram-multifd', 'background-snapshot')
+# How often it is this instead, in percent
+_SAVEVM = 4
+
+_TO_FILE = ('file', 'mapped-ram', 'mapped-ram-multifd', 'background-snapshot',
+            'savevm')
+# Modes that have migration to themselves
+_ALONE = ('background-snapshot', 'savevm')
 _MULTIFD = ('multifd', 'mapped-ram-multifd')
 
 # What a guest that really runs is good for
@@ -118,11 +127,13 @@ class Side:
 
     holes: not x-ram-holes=off
     capabilities, parameters: what is set, and to what
+    locked: -overcommit mem-lock=on
     """
     binary: str
     holes: bool
     capabilities: Tuple[str, ...]
     parameters: Dict[str, Any] = field(default_factory=dict)
+    locked: bool = False
 
     @property
     def keeps_holes(self) -> bool:
@@ -132,6 +143,7 @@ class Side:
     def __str__(self) -> str:
         return ' '.join([
             self.binary, *(() if self.holes else ('x-ram-holes=off',)),
+            *(('mem-lock=on',) if self.locked else ()),
             *self.capabilities,
             *(f'{name}={value}' for name, value in self.parameters.items())])
 
@@ -140,7 +152,8 @@ class Side:
 class Case:
     """A random migration.
 
-    transport: tcp, unix, fd (a socket, or a file); file, file-offset, exec
+    transport: tcp, unix, fd (a socket, or a file); file, file-offset, exec;
+    disk, of an internal snapshot
     machine: type and properties
     properties: of the object 'migration', on both sides
     thp: transparent huge pages, of anonymous and of shared memory
@@ -218,17 +231,25 @@ class _Draw:
     def __init__(self, seed: int):
         self.seed = seed
         self.rng = random.Random(seed)
+        # What came later: seeds stay what they are, but for that
+        self.rng_later = random.Random(f'{seed} later')
         rng = self.rng
         self.mode = _pick(rng, _MODE_WEIGHTS)
+        if _chance(self.rng_later, _SAVEVM):
+            self.mode = 'savevm'
         binaries = rng.choices(((PATCHED, PATCHED), (STOCK, PATCHED),
                                 (PATCHED, STOCK)), (80, 10, 10))[0]
         self.binaries: Tuple[str, str] = binaries
         self.holes = [binary == STOCK or not _chance(rng, 8)
                       for binary in binaries]
+        self.locked = [_chance(self.rng_later, 4) for _ in binaries]
         self.dirty = self._dirty()
         self.transport = self._transport()
         self.capabilities = self._capabilities()
         self.parameters = self._parameters()
+        if self._can_be_encrypted() and _chance(self.rng_later, 15):
+            for parameters in self.parameters:
+                parameters['tls-creds'] = TLS
 
     def _dirty(self) -> str:
         rng = self.rng
@@ -237,7 +258,7 @@ class _Draw:
             return 'guest'
         # A snapshot must not have what is written after it was begun, and
         # nobody can tell when that is
-        if _chance(rng, 50) and self.mode != 'background-snapshot':
+        if _chance(rng, 50) and self.mode not in _ALONE:
             return 'qtest'
         return ''
 
@@ -247,6 +268,8 @@ class _Draw:
         self.with_preempt = self.mode == 'postcopy' and _chance(rng, 40)
         if self.mode in ('mapped-ram', 'mapped-ram-multifd'):
             return rng.choice(('file', 'file-offset'))
+        if self.mode == 'savevm':
+            return 'disk'
         if self.mode in _TO_FILE:
             return rng.choice(('file', 'file-offset', 'exec', 'fd'))
         if self.mode == 'multifd' or self.with_preempt:
@@ -260,6 +283,8 @@ class _Draw:
         source: List[str] = []
         if self.mode == 'background-snapshot':
             return [['background-snapshot'], []]
+        if self.mode == 'savevm':
+            return [[], []]
         if self.mode in _MULTIFD:
             both.append('multifd')
         if self.mode.startswith('mapped-ram'):
@@ -291,6 +316,10 @@ class _Draw:
         if self.dirty == 'qtest':
             source.append('pause-before-switchover')
         return [both + source, both]
+
+    def _can_be_encrypted(self) -> bool:
+        return (self.mode not in _TO_FILE
+                and 'zero-copy-send' not in self.capabilities[0])
 
     def _both_patched(self) -> bool:
         return self.binaries == (PATCHED, PATCHED)
@@ -347,13 +376,13 @@ class _Draw:
                 del weights[name]
         return weights
 
-    def _block_side(self, name: str, pattern: str) -> BlockSide:
+    def _block_side(self, name: str, pattern: str, locked: bool) -> BlockSide:
         rng = self.rng
         backend = BACKENDS[name]
         prealloc = _chance(rng, 8)
         in_process = _chance(rng, 40)
         # Else QEMU has pages of its own before there is something in the file
-        too_late = (prealloc and not backend.shared
+        too_late = ((prealloc or locked) and not backend.shared
                     and backend.directory is None)
         return BlockSide(
             backend=name,
@@ -381,8 +410,9 @@ class _Draw:
         else:
             size = rng.randrange(4, most)
         stale = 100 if self._stale_would_survive() else 25
-        return Block(size, self._block_side(names[0], self._pattern(10)),
-                     self._block_side(names[1], self._pattern(stale)))
+        return Block(size, *(
+            self._block_side(name, self._pattern(empty), locked)
+            for name, empty, locked in zip(names, (10, stale), self.locked)))
 
     def _blocks(self) -> Tuple[Block, ...]:
         rng = self.rng
@@ -408,10 +438,10 @@ class _Draw:
     def case(self) -> Case:
         """The case."""
         rng = self.rng
-        sides = [Side(binary, holes, tuple(capabilities), parameters)
-                 for binary, holes, capabilities, parameters
+        sides = [Side(binary, holes, tuple(capabilities), parameters, locked)
+                 for binary, holes, capabilities, parameters, locked
                  in zip(self.binaries, self.holes, self.capabilities,
-                        self.parameters)]
+                        self.parameters, self.locked)]
         properties: Dict[str, Any] = {
             'x-clear-bitmap-shift': rng.choice((6, 7, 9, 12, 18))}
         if self.mode in _MULTIFD and _chance(rng, 50):
@@ -440,7 +470,8 @@ def policy(case: Case, block: Block) -> str:
     """
     side = block.destination
     backend = BACKENDS[side.backend]
-    if not case.destination.keeps_holes or side.prealloc:
+    if not case.destination.keeps_holes or side.prealloc or \
+            case.destination.locked:
         return 'any'
     if case.zero_page_detection == 'none':
         return 'any'            # all pages arrive as data

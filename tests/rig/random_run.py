@@ -5,6 +5,7 @@ import base64
 import ctypes
 import os
 import random
+import resource
 import socket
 import struct
 import tempfile
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import random_model
-from random_case import (BACKENDS, STOCK, Block, BlockSide, Case, Side,
+from random_case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case, Side,
                          policy, source_reads)
 from random_model import (DATA, HOLE, MIB, PAGE, THP, ZERO, BlockModel,
                           Content, WrongResult, in_extents, in_units, minus,
@@ -34,6 +35,16 @@ TIMEOUT = 60.0                  # seconds, for what takes less than one
 _FAST = 8 << 30                 # bytes a second: no limit
 _POLL = 0.002                   # seconds
 _UUID = 'c7b1c2de-5b5c-4e47-9d0a-9f3a6f0a2a10'
+
+# What a QEMU may take if all of it is locked
+_LOCKED = 1 << 30
+
+# Channels are encrypted with a key that both sides have
+_KEYS = 'qemu:009d5638c40fde0c\n'
+
+# The disk that has an internal snapshot, and the snapshot's tag
+_DISK = 'disk0'
+_TAG = 'random'
 
 # Of a file with offset=, what lies behind the block
 _TAIL = 64 << 10
@@ -110,6 +121,11 @@ def _require(case: Case, directory: str) -> None:
             not _direct_io_works(directory):
         raise Unsupported(f'no O_DIRECT in {os.path.dirname(directory)} '
                           '(set TMPDIR)')
+    if any(side.locked for side in (case.source, case.destination)) and \
+            resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < _LOCKED and \
+            os.geteuid():
+        raise Unsupported(f'no more than {_LOCKED // MIB} MiB of memory can '
+                          'be locked (ulimit -l)')
     if (case.postcopy or case.mode == 'background-snapshot') and \
             not _userfaultfd_works():
         raise Unsupported('userfaultfd is for root only '
@@ -302,6 +318,10 @@ class Machine:
                                        f'memdev=ram{number}']
         for name, value in properties.items():
             arguments += ['-global', f'migration.{name}={value}']
+        if self.side.locked:
+            arguments += ['-overcommit', 'mem-lock=on']
+        if self.side.parameters.get('tls-creds'):
+            arguments += ['-object', self._credentials()]
         arguments += ['-qtest', f'unix:{self.qtest.path}',
                       '-qtest-log', 'none']
         if self.guest:
@@ -311,9 +331,18 @@ class Machine:
         # After precopy a guest would run on before it is compared
         if not self.guest or case.mode != 'postcopy' or self.name == 'source':
             arguments.append('-S')
-        if self.name == 'destination':
+        if self.name == 'destination' and case.mode != 'savevm':
             arguments += ['-incoming', 'defer']
         return arguments
+
+    def _credentials(self) -> str:
+        """An object; both sides have the same key."""
+        with open(f'{self._directory}/keys.psk', 'w',
+                  encoding='ascii') as file:
+            file.write(_KEYS)
+        endpoint = 'server' if self.name == 'destination' else 'client'
+        return (f'tls-creds-psk,id={TLS},dir={self._directory},'
+                f'endpoint={endpoint}')
 
     @contextmanager
     def started(self) -> Iterator['Machine']:
@@ -448,10 +477,13 @@ class Migration:
             self.source.qemu.qmp('cont')
             self.source.guest.wait_until_it_writes()
             self._batches = self.source.guest.batches()
-        if self.case.mode == 'background-snapshot':
+        if self.case.mode in ('background-snapshot', 'savevm'):
             # Of a guest that never ran QEMU cannot make one, and aborts
             self.source.qemu.qmp('cont')
             self.source.qemu.qmp('stop')
+        if self.case.mode == 'savevm':
+            self._internal_snapshot()
+            return
         if self.case.to_file:
             self._start(self._file_address('source'))
             self._follow_source()
@@ -497,6 +529,39 @@ class Migration:
         offset = ',offset=0x3000' if self.case.transport == 'file-offset' \
             else ''
         return f'file:{path}{offset}'
+
+    # An internal snapshot
+
+    def _internal_snapshot(self) -> None:
+        image = {'driver': 'file', 'filename': f'{self._directory}/disk'}
+        source, destination = self.source.qemu, self.destination.qemu
+        for options in ({**image, 'size': 0},
+                        {'driver': 'qcow2', 'file': image, 'size': MIB}):
+            self._job(source, 'blockdev-create', 'create', options=options)
+        disk = {'driver': 'qcow2', 'node-name': _DISK, 'file': image}
+        for qemu, command in ((source, 'snapshot-save'),
+                              (destination, 'snapshot-load')):
+            qemu.qmp('blockdev-add', **disk)
+            self._job(qemu, command, 'snapshot', tag=_TAG, vmstate=_DISK,
+                      devices=[_DISK])
+            # Else it is locked, or what is cached of it is old
+            qemu.qmp('blockdev-del', **{'node-name': _DISK})
+        self._hand_over()
+
+    def _job(self, qemu: Qemu, command: str, job: str,
+             **arguments: Any) -> None:
+        self._say(f'{qemu.name}: {command}')
+        qemu.qmp(command, **{'job-id': job}, **arguments)
+        while True:
+            status, = (each for each in qemu.qmp('query-jobs')
+                       if each['id'] == job)
+            if status['status'] == 'concluded':
+                break
+            time.sleep(_POLL)
+        qemu.qmp('job-dismiss', id=job)
+        if 'error' in status:
+            raise MigrationFailed(f'{qemu.name}: {command}: '
+                                  f'{status["error"]}')
 
     # The source
 
