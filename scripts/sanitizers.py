@@ -4,8 +4,9 @@
 A report is ours if it happened in a line that the patches have changed, or if
 a function of this project's files takes part in it, however far out.  All others
 must be listed, in tests/rig/*.supp: then a QEMU without the patches gives them,
-too.  The lists are not given to the sanitizers: there, what is meant for QEMU
-would hide what is ours.
+too.  A race that is listed with both functions is QEMU's although a line of it was
+changed: it is the same race.  The lists are not given to the sanitizers: there,
+what is meant for QEMU would hide what is ours.
 """
 
 import fnmatch
@@ -66,6 +67,10 @@ class Report:
         return [next((frame for frame in stack
                       if '/libsanitizer/' not in frame[1]), stack[0])
                 for stack in self.stacks if stack]
+
+    def frames(self) -> List[Frame]:
+        """All calls."""
+        return [frame for stack in self.stacks for frame in stack]
 
     @property
     def where(self) -> str:
@@ -154,12 +159,14 @@ class Ownership:
         return self._lines[path]
 
     def has(self, report: Report) -> bool:
-        """Whether a report is ours."""
-        frames = [frame for stack in report.stacks for frame in stack]
+        """Whether a report is ours by a line that was changed."""
         # Who has lost memory need not have called malloc() itself
-        nearest = frames if report.kind == 'leak' else report.tops()
-        return (any(frame[2] in self._lines_of(frame) for frame in nearest) or
-                any(0 in self._lines_of(frame) for frame in frames))
+        nearest = report.frames() if report.kind == 'leak' else report.tops()
+        return any(frame[2] in self._lines_of(frame) for frame in nearest)
+
+    def has_function(self, report: Report) -> bool:
+        """Whether a report is ours by a function of a new file."""
+        return any(0 in self._lines_of(frame) for frame in report.frames())
 
 
 class Listed:
@@ -175,12 +182,18 @@ class Listed:
             entries = [line.partition('#')[0].strip() for line in file]
         self.entries = [entry for entry in entries if entry]
 
+    def has_race(self, report: Report) -> bool:
+        """Whether the report is a race whose functions are listed."""
+        if report.kind != 'race' or report.where not in self.entries:
+            return False
+        self.used.add(report.where)
+        return True
+
     def has(self, report: Report) -> bool:
         """Whether the report is listed."""
         names = [report.where]
         if report.kind == 'leak':
-            names = [f'leak:{frame[0]}' for stack in report.stacks
-                     for frame in stack]
+            names = [f'leak:{frame[0]}' for frame in report.frames()]
         for entry in self.entries:
             if fnmatch.filter(names, entry):
                 self.used.add(entry)
@@ -201,7 +214,8 @@ def judge(reports: Sequence[Report], ownership: Ownership,
     """Tell ours from QEMU's."""
     verdict = Verdict({}, {}, {})
     for report in reports:
-        if ownership.has(report):
+        if ownership.has_function(report) or \
+                ownership.has(report) and not known.has_race(report):
             verdict.ours.setdefault(report.where, report)
         elif known.has(report):
             verdict.listed[report.where] = verdict.listed.get(report.where,

@@ -119,6 +119,14 @@ class Sanitizers(unittest.TestCase):
             self.assertIn('Previous atomic read',
                           ''.join(verdict.ours['race:reads,writes'].text))
 
+    def test_race_of_stock_in_a_changed_line(self):
+        """It is the same race; but not with a function of a new file."""
+        known = 'race:reads,writes'
+        changed = RACE.replace('old.c:2', 'old.c:3')
+        self.assertEqual(list(self.judge(changed, known).listed), [known])
+        new = changed.replace('system/main.c:4', 'migration/ours.c:1')
+        self.assertEqual(list(self.judge(new, known).ours), [known])
+
     def test_race_called(self):
         """A line of ours that has called QEMU's function is none of ours."""
         log = RACE.replace('system/main.c:4', 'migration/old.c:3')
