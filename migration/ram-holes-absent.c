@@ -41,6 +41,19 @@ static void zero_absent(const AbsentPages *pages, const SparseRange *range)
     }
 }
 
+/* How much the file has allocated, in bytes; negative errno value if unknown */
+static int64_t allocated_bytes(int fd)
+{
+#ifdef CONFIG_LINUX
+    struct stat st;
+
+    return fstat(fd, &st) < 0 ? -errno : st.st_blocks * 512LL;
+#else
+    /* There are hosts whose files have no such number */
+    return -ENOSYS;
+#endif
+}
+
 /*
  * The huge pages of the file that are allocated, from the start of the block,
  * or NULL if that is not known.  What another process has allocated is not in
@@ -50,8 +63,7 @@ static void zero_absent(const AbsentPages *pages, const SparseRange *range)
 static unsigned long *find_huge_pages(const RAMBlock *rb, uint64_t *count)
 {
     g_autofree unsigned long *mapped = NULL;
-    uint64_t bytes = 0;
-    struct stat st;
+    int64_t bytes = 0;
 
     *count = DIV_ROUND_UP(rb->used_length, rb->page_size);
     mapped = bitmap_new(*count);
@@ -61,7 +73,7 @@ static unsigned long *find_huge_pages(const RAMBlock *rb, uint64_t *count)
             bytes += rb->page_size;
         }
     }
-    if (fstat(rb->fd, &st) < 0 || st.st_blocks * 512ULL != bytes) {
+    if (allocated_bytes(rb->fd) != bytes) {
         return NULL;
     }
     return g_steal_pointer(&mapped);
@@ -108,8 +120,7 @@ static void zero_absent_private_hugetlb(const AbsentPages *pages,
                                         SparseRange todo)
 {
     RAMBlock *rb = pages->rb;
-    struct stat st;
-    bool file_is_empty = fstat(rb->fd, &st) == 0 && st.st_blocks == 0;
+    bool file_is_empty = allocated_bytes(rb->fd) == 0;
 
     while (!sparse_range_is_empty(&todo)) {
         SparseRange huge = todo;
@@ -130,7 +141,7 @@ static void next_populated(RAMBlock *rb, const SparseRange *range,
     int ret;
 
     if (ram_block_holes_known(rb)) {
-        ret = sparse_file_next_data(rb->fd, range, populated);
+        ret = sparse_file_next_data(rb->fd, range, UINT64_MAX, populated);
         if (ret < 0) {
             ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
         }

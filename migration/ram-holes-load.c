@@ -105,7 +105,7 @@ static void zero_huge_part(RAMBlock *rb, const SparseRange *part)
     huge.start = QEMU_ALIGN_DOWN(part->start, thp_size);
     huge.end = huge.start + thp_size;
 
-    ret = sparse_file_next_data(rb->fd, &huge, &data);
+    ret = sparse_file_next_data(rb->fd, &huge, thp_size, &data);
     if (ret < 0) {
         ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
         zero_clear(rb, part);
@@ -136,7 +136,7 @@ static void zero_shmem(RAMBlock *rb, SparseRange todo)
 {
     while (!sparse_range_is_empty(&todo)) {
         SparseRange data, hole = todo;
-        int ret = sparse_file_next_data(rb->fd, &todo, &data);
+        int ret = sparse_file_next_data(rb->fd, &todo, UINT64_MAX, &data);
 
         if (ret < 0) {
             ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
@@ -153,45 +153,56 @@ static void zero_shmem(RAMBlock *rb, SparseRange todo)
 }
 
 /*
- * What is not zero belongs to a huge page that is allocated already, so that
- * writing to that page allocates nothing.
+ * Zero a part of one huge page.  What is not zero belongs to a huge page that
+ * is allocated already, so that writing to it allocates nothing.
  */
-static void zero_hugetlb(RAMBlock *rb, SparseRange todo)
+static int zero_huge_page(RAMBlock *rb, const SparseRange *part)
 {
     size_t page_size = qemu_target_page_size();
-    SparseRange hole = { .start = todo.start, .end = todo.start };
+    ram_addr_t offset = part->start - rb->fd_offset;
+    SparseRange page = *part;
+    int ret;
 
-    while (!sparse_range_is_empty(&todo)) {
-        SparseRange page = todo;
-        ram_addr_t offset = todo.start - rb->fd_offset;
-        int ret;
-
-        /* Reading what is in the page tables is the fastest */
-        if (QEMU_IS_ALIGNED(offset, rb->page_size) &&
-            ram_huge_page_is_mapped(rb, offset)) {
-            trace_zero(rb, &hole, ACTION_HOLE);
-            page.end = MIN(todo.end, todo.start + rb->page_size);
-            zero_clear(rb, &page);
-            hole.start = hole.end = todo.start = page.end;
-            continue;
-        }
-        page.end = MIN(todo.end, todo.start + page_size);
+    /* Reading what is in the page tables is the fastest */
+    if (QEMU_IS_ALIGNED(offset, rb->page_size) &&
+        ram_huge_page_is_mapped(rb, offset)) {
+        zero_clear(rb, part);
+        return 0;
+    }
+    ret = sparse_file_is_zero(rb->fd, part);
+    if (ret > 0) {
+        trace_zero(rb, part, ACTION_HOLE);
+        return 0;
+    }
+    while (ret >= 0 && page.start < part->end) {
+        page.end = MIN(part->end, page.start + page_size);
         ret = sparse_file_is_zero(rb->fd, &page);
+        if (ret == 0) {
+            zero_clear(rb, &page);
+        }
+        page.start = page.end;
+    }
+    return MIN(ret, 0);
+}
+
+static void zero_hugetlb(RAMBlock *rb, SparseRange todo)
+{
+    while (!sparse_range_is_empty(&todo)) {
+        ram_addr_t offset = todo.start - rb->fd_offset;
+        uint64_t rest = rb->page_size - offset % rb->page_size;
+        SparseRange part = {
+            .start = todo.start,
+            .end = MIN(todo.end, todo.start + rest),
+        };
+        int ret = zero_huge_page(rb, &part);
+
         if (ret < 0) {
             ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
             zero_clear(rb, &todo);
             return;
         }
-        if (ret) {
-            hole.end = page.end;
-        } else {
-            trace_zero(rb, &hole, ACTION_HOLE);
-            zero_clear(rb, &page);
-            hole.start = hole.end = page.end;
-        }
-        todo.start = page.end;
+        todo.start = part.end;
     }
-    trace_zero(rb, &hole, ACTION_HOLE);
 }
 
 static bool ram_block_is_shared_anonymous(const RAMBlock *rb)
@@ -260,7 +271,7 @@ static void zero_private_tmpfs(RAMBlock *rb, SparseRange todo)
 {
     while (!sparse_range_is_empty(&todo)) {
         SparseRange data, hole = todo;
-        int ret = sparse_file_next_data(rb->fd, &todo, &data);
+        int ret = sparse_file_next_data(rb->fd, &todo, UINT64_MAX, &data);
 
         if (ret < 0) {
             ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);

@@ -27,10 +27,10 @@ static SparseRange range_shift(const SparseRange *range, uint64_t distance)
 }
 
 static int find_data_shmem(RAMBlock *rb, const SparseRange *within,
-                           SparseRange *data)
+                           uint64_t ahead, SparseRange *data)
 {
     SparseRange in_file = range_shift(within, rb->fd_offset);
-    int ret = sparse_file_next_data(rb->fd, &in_file, data);
+    int ret = sparse_file_next_data(rb->fd, &in_file, ahead, data);
 
     *data = range_shift(data, -rb->fd_offset);
     return ret;
@@ -67,12 +67,30 @@ static int find_data_hugetlb(RAMBlock *rb, const SparseRange *within,
     return 0;
 }
 
+/* As far as data is followed from a page that was not expected */
+#define AHEAD_MIN (64 * KiB)
+
+/*
+ * How far to follow data from @offset, in bytes.  That takes time for each page,
+ * which is wasted where few pages are dirty, or a page is requested.  So look
+ * further only while the search goes on where the last answer ended.
+ */
+static uint64_t look_ahead(const RAMHoleCache *cache, const RAMBlock *rb,
+                           ram_addr_t offset)
+{
+    bool goes_on = cache->rb == rb && offset >= cache->data.end &&
+                   offset - cache->data.end < cache->ahead;
+
+    return goes_on ? MIN(cache->ahead * 4, GiB) : AHEAD_MIN;
+}
+
 bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
                       uint64_t length, uint64_t limit)
 {
     SparseRange page = { .start = offset, .end = offset + length };
     SparseRange within = { .start = offset, .end = limit };
     SparseRange data;
+    uint64_t ahead;
     int ret;
 
     if (!ram_block_holes_known(rb)) {
@@ -87,10 +105,11 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
         }
     }
 
+    ahead = look_ahead(cache, rb, offset);
     if (rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
         ret = find_data_hugetlb(rb, &within, &data);
     } else {
-        ret = find_data_shmem(rb, &within, &data);
+        ret = find_data_shmem(rb, &within, ahead, &data);
     }
     if (ret < 0) {
         ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
@@ -100,6 +119,7 @@ bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
     cache->rb = rb;
     cache->hole = (SparseRange) { .start = offset, .end = data.start };
     cache->data = data;
+    cache->ahead = ahead;
     return range_covers(&cache->hole, &page);
 }
 
@@ -136,6 +156,10 @@ bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
      * under the same lock under which it is used: another thread can sync while
      * the migration thread is in the middle of a chunk (cpu-throttle.c).
      *
+     * With TCG, C is when memory_global_after_dirty_log_sync() returns: before,
+     * a vCPU may have marked the page and not have stored to it yet.  So
+     * everything is forgotten once more then.
+     *
      * Once the guest has stopped for the last stage, or for postcopy, QEMU does
      * not clear dirty bits at their origin any more (after 10.0).  Nobody writes
      * then, and what was remembered before was forgotten in the last sync.
@@ -160,8 +184,9 @@ bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
         if (ram_page_is_hole(&cache, rb, offset, 1, end)) {
             next = cache.hole.end;
         } else {
-            if (cache.rb) {
-                next = cache.data.end;
+            /* Holes may have become unknown, and then nothing is remembered */
+            if (cache.rb && cache.data.end > offset) {
+                next = MIN(cache.data.end, end);
             }
             if (!buffer_is_zero(rb->host + offset, next - offset)) {
                 return false;
@@ -196,9 +221,7 @@ const void *ram_page_to_read(RAMHoleCache *cache, const void *host,
 
 const void *ram_zero_page(void)
 {
-    /* Aligned for O_DIRECT */
-    static const uint8_t zeroes[RAM_ZERO_PAGE_SIZE]
-        QEMU_ALIGNED(RAM_ZERO_PAGE_SIZE);
+    static const uint8_t zeroes[RAM_ZERO_PAGE_SIZE];
 
     assert(qemu_target_page_size() <= RAM_ZERO_PAGE_SIZE);
     return zeroes;

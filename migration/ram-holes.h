@@ -135,6 +135,8 @@ typedef struct RAMHoleCache {
     RAMBlock *rb;
     SparseRange hole;
     SparseRange data;
+    /* How far data was followed, in bytes; see look_ahead() */
+    uint64_t ahead;
 } RAMHoleCache;
 
 /**

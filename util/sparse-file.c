@@ -185,8 +185,10 @@ static int find_data_end(int fd, uint64_t start, uint64_t limit, uint64_t *end)
  * What lseek() calls data, and what it calls a hole in front of that.  Pages
  * that are called a hole may have data for a moment, see cut_hole().
  */
-static int seek_data(int fd, const SparseRange *within, SparseRange *data)
+static int seek_data(int fd, const SparseRange *within, uint64_t data_max,
+                     SparseRange *data)
 {
+    uint64_t limit = within->end;
     off_t start;
     int ret;
 
@@ -202,7 +204,10 @@ static int seek_data(int fd, const SparseRange *within, SparseRange *data)
     }
 
     data->start = start;
-    ret = find_data_end(fd, start, within->end, &data->end);
+    if (limit - start > data_max) {
+        limit = start + data_max;
+    }
+    ret = find_data_end(fd, start, limit, &data->end);
     if (ret < 0) {
         *data = (SparseRange) { .start = within->end, .end = within->end };
         /*
@@ -289,7 +294,7 @@ static int cut_hole(int fd, SparseRange *hole, SparseRange *data)
 }
 
 int sparse_file_next_data(int fd, const SparseRange *within,
-                          SparseRange *data)
+                          uint64_t data_max, SparseRange *data)
 {
     SparseRange hole = *within;
     int ret;
@@ -298,7 +303,7 @@ int sparse_file_next_data(int fd, const SparseRange *within,
         *data = *within;
         return 0;
     }
-    ret = seek_data(fd, within, data);
+    ret = seek_data(fd, within, data_max, data);
     if (ret < 0) {
         return ret;
     }
@@ -412,7 +417,7 @@ uint64_t sparse_file_thp_size(int fd)
 #else /* !CONFIG_LINUX */
 
 int sparse_file_next_data(int fd, const SparseRange *within,
-                          SparseRange *data)
+                          uint64_t data_max, SparseRange *data)
 {
     return -ENOSYS;
 }

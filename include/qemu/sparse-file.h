@@ -90,9 +90,12 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
  *
  * @fd: a file on tmpfs
  * @within: the part to search
- * @data: set to the first extent of data, cut off at the end of @within; set
- *        to an empty range at the end of @within if all of it is a hole, and
- *        to an empty range further in front if the search has to go on there
+ * @data_max: how much data to follow at most, in bytes, a multiple of the page
+ *            size; that takes time for each page, whereas holes cost nothing
+ * @data: set to the first extent of data, cut off after @data_max and at the end
+ *        of @within; set to an empty range at the end of @within if all of it
+ *        is a hole, and to an empty range further in front if the search has
+ *        to go on there
  *
  * Everything between @within->start and @data->start was a hole, and read as
  * zero, when the function was called.  Pages that have been swapped out are
@@ -103,7 +106,7 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
  * Returns 0, or a negative errno value if the kernel refuses to tell.
  */
 int sparse_file_next_data(int fd, const SparseRange *within,
-                          SparseRange *data);
+                          uint64_t data_max, SparseRange *data);
 
 /**
  * sparse_file_is_zero: whether a part of a file reads as zero

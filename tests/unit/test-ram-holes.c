@@ -1479,6 +1479,42 @@ static void test_save_cache(void)
     test_block_destroy(&block);
 }
 
+static void assert_data_ahead(RAMHoleCache *cache, TestBlock *block,
+                              unsigned page, unsigned npages)
+{
+    g_assert_false(is_hole(cache, block, page, 1,
+                           block->rb.used_length / TARGET_PAGE));
+    g_assert_cmpint(cache->data.start, ==, page * TARGET_PAGE);
+    g_assert_cmpint(sparse_range_length(&cache->data), ==,
+                    npages * TARGET_PAGE);
+}
+
+/* Data is followed further only by who searches all of it */
+static void test_save_look_ahead(void)
+{
+    uint64_t size = 4096 * TARGET_PAGE;
+    RAMHoleCache cache = { };
+    TestBlock block;
+
+    test_block_init_mapped(&block, memfd_new(size), 0, size, MAP_SHARED,
+                           RAM_SHARED);
+    fill_pages(&block, 0, 4095);
+
+    assert_data_ahead(&cache, &block, 100, 16);
+    assert_data_ahead(&cache, &block, 116, 64);
+    /* Not far behind */
+    assert_data_ahead(&cache, &block, 243, 256);
+    /* Somewhere else */
+    assert_data_ahead(&cache, &block, 3000, 16);
+    assert_data_ahead(&cache, &block, 200, 16);
+    assert_data_ahead(&cache, &block, 232, 16);
+    /* After a sync */
+    assert_data_ahead(&cache, &block, 248, 64);
+    ram_hole_cache_reset(&cache);
+    assert_data_ahead(&cache, &block, 312, 16);
+    test_block_destroy(&block);
+}
+
 /* A page may be larger than what the file consists of. */
 static void test_save_large_page(void)
 {
@@ -1716,6 +1752,7 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/run", test_run);
     g_test_add_func("/ram-holes/clear-memory", test_clear_memory);
     g_test_add_func("/ram-holes/save/cache", test_save_cache);
+    g_test_add_func("/ram-holes/save/look-ahead", test_save_look_ahead);
     g_test_add_func("/ram-holes/save/large-page", test_save_large_page);
     g_test_add_func("/ram-holes/save/precopy", test_save_precopy);
     g_test_add_func("/ram-holes/save/lseek-refused", test_save_lseek_refused);

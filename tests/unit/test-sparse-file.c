@@ -168,7 +168,8 @@ static void assert_next_data(int fd, uint64_t from, uint64_t to,
 
     /* Before Linux 6.5, a large hole is looked at piece by piece */
     do {
-        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
+                        0);
         within.start = data.start;
     } while (sparse_range_is_empty(&data) && data.start < to);
 
@@ -208,7 +209,8 @@ static void test_next_data_far(void)
     SparseRange within = { 0, size };
     SparseRange data;
 
-    g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+    g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
+                    0);
     if (data.start < size) {
         g_test_skip("the kernel has no cachestat(), it would read 20 TiB");
         close(fd);
@@ -239,7 +241,8 @@ static void test_next_data_not_uptodate(void)
     g_assert_cmpint(allocated(fd), ==, 5 * PAGE);
     g_assert_cmpint(lseek(fd, 0, SEEK_DATA), ==, -1);
 
-    g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+    g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
+                    0);
     if (sparse_range_is_empty(&data)) {
         /* What the kernel cannot count has been read, and is zero */
         g_test_skip("the kernel has no cachestat()");
@@ -249,7 +252,8 @@ static void test_next_data_not_uptodate(void)
         g_assert_cmphex(data.end, <=, 12 * PAGE);
 
         within.start = 11 * PAGE;
-        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
+                        0);
         g_assert_cmphex(data.start, ==, 11 * PAGE);
         g_assert_cmphex(data.end, ==, 12 * PAGE);
 
@@ -257,7 +261,8 @@ static void test_next_data_not_uptodate(void)
         write_bytes(fd, 20 * PAGE, 1, 1);
         assert_next_data(fd, 12 * PAGE, size, 20 * PAGE, 21 * PAGE);
         within.start = 0;
-        g_assert_cmpint(sparse_file_next_data(fd, &within, &data), ==, 0);
+        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
+                        0);
         g_assert_cmphex(data.start, ==, 7 * PAGE);
     }
     close(fd);
@@ -289,6 +294,23 @@ static void test_next_data_ends(void)
     }
 }
 
+/* Data is not followed further than asked for, holes are */
+static void test_next_data_max(void)
+{
+    uint64_t size = 4096 * PAGE;
+    int fd = memfd_new(size, 0);
+    SparseRange within = { 0, size };
+    SparseRange data;
+
+    write_bytes(fd, 300 * PAGE, 700 * PAGE, 1);
+    for (uint64_t max = PAGE; max <= 1024 * PAGE; max *= 2) {
+        g_assert_cmpint(sparse_file_next_data(fd, &within, max, &data), ==, 0);
+        g_assert_cmphex(data.start, ==, 300 * PAGE);
+        g_assert_cmphex(data.end, ==, (300 + MIN(max / PAGE, 700)) * PAGE);
+    }
+    close(fd);
+}
+
 static void test_next_data_refused(void)
 {
     SparseRange within = { 0, PAGE };
@@ -296,9 +318,9 @@ static void test_next_data_refused(void)
     int pipes[2];
 
     g_assert_no_errno(pipe(pipes));
-    g_assert_cmpint(sparse_file_next_data(pipes[0], &within, &data), ==,
-                    -ESPIPE);
-    g_assert_cmpint(sparse_file_next_data(-1, &within, &data), ==, -EBADF);
+    g_assert_cmpint(sparse_file_next_data(pipes[0], &within, UINT64_MAX, &data),
+                    ==, -ESPIPE);
+    g_assert_cmpint(sparse_file_next_data(-1, &within, UINT64_MAX, &data), ==, -EBADF);
     close(pipes[0]);
     close(pipes[1]);
 }
@@ -453,6 +475,7 @@ static void add_file_tests(void)
     g_test_add_func("/sparse-file/next-data/not-uptodate",
                     test_next_data_not_uptodate);
     g_test_add_func("/sparse-file/next-data/ends", test_next_data_ends);
+    g_test_add_func("/sparse-file/next-data/max", test_next_data_max);
     g_test_add_func("/sparse-file/next-data/refused", test_next_data_refused);
     g_test_add_func("/sparse-file/is-zero", test_is_zero);
     g_test_add_func("/sparse-file/punch", test_punch);

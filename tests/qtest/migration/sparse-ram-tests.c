@@ -44,6 +44,11 @@
 /* The guest of the framework needs 150 MiB */
 #define LIVE_SIZE (256 * MiB)
 #define IDLE_SIZE (64 * GiB)
+#define SHORT_RUNS_SIZE (64 * MiB)
+
+/* Of that one, in pages: data at its start, and from each data to the next */
+#define LEAD_PAGES 8192
+#define SHORT_RUN 16
 
 /* What all but RAM may take in the stream: devices, and packets of multifd */
 #define MAX_OTHER_BYTES (512 * KiB)
@@ -672,6 +677,113 @@ static void test_capability(const void *opaque)
     }
 }
 
+/*
+ * Data first, which takes a second at the least bandwidth, then short holes with
+ * a page of data between each two, so that packets of multifd get full.
+ */
+static uint8_t *short_runs_pattern_new(uint64_t pages)
+{
+    uint8_t *kinds = g_new(uint8_t, pages);
+
+    for (uint64_t page = 0; page < pages; page++) {
+        kinds[page] = page < LEAD_PAGES || page % SHORT_RUN == 0 ? PAGE_DATA
+                                                                 : PAGE_HOLE;
+    }
+    return kinds;
+}
+
+/*
+ * Have the main thread of a QEMU wait, in fopen(), until a FIFO is opened.
+ * Returns what to open.
+ */
+static char *block_main_thread(QTestState *who)
+{
+    char *fifo = g_strdup_printf("%s/fifo", tmpfs);
+
+    g_assert_no_errno(mkfifo(fifo, 0600));
+    qtest_qmp_send(who, "{ 'execute': 'pmemsave', 'arguments': {"
+                   "'val': 0, 'size': 1, 'filename': %s } }", fifo);
+    return fifo;
+}
+
+static void unblock_main_thread(QTestState *who, const char *fifo)
+{
+    int fd = open(fifo, O_RDONLY);
+    QDict *response;
+    char byte;
+
+    g_assert_no_errno(fd);
+    g_assert_cmpint(read(fd, &byte, 1), ==, 1);
+    close(fd);
+    unlink(fifo);
+    response = qtest_qmp_receive(who);
+    g_assert(qdict_haskey(response, "return"));
+    qobject_unref(response);
+}
+
+/*
+ * With multifd, data overtakes what is sent by the main channel.  So the guest's
+ * write to a page of a run that has been sent must not be sent in the same
+ * round, wherever in that round the guest is stopped.
+ */
+static void migrate_writing_behind_run(void)
+{
+    g_autofree uint8_t *kinds = NULL;
+    g_autofree char *fifo = NULL;
+    uint64_t pages;
+    GuestPair pair;
+
+    if (!guest_pair_start(&pair, BACKEND_MEMFD, SHORT_RUNS_SIZE, NULL, NULL)) {
+        return;
+    }
+    pages = guest_ram_pages(&pair.src);
+    kinds = short_runs_pattern_new(pages);
+    guest_ram_prepare(&pair.src, kinds);
+
+    migrate_set_both_capability(pair.from, pair.to, CAPABILITY);
+    migrate_set_multifd(pair.from, pair.to);
+    migrate_set_capability(pair.from, "pause-before-switchover", true);
+    /* Some packets at a time, with a tenth of a second between them */
+    migrate_set_parameter_int(pair.from, "max-bandwidth", 4 * KiB);
+    migrate_set_parameter_int(pair.from, "downtime-limit", 1);
+    migrate_incoming_qmp(pair.to, "tcp:127.0.0.1:0", NULL, "{}");
+    migrate_qmp(pair.from, pair.to, NULL, NULL, "{}");
+    wait_for_migration_status(pair.from, "active", NULL);
+    while (!read_ram_property_int(pair.from, "normal")) {
+        g_usleep(1000);
+    }
+
+    /* Records of runs will be late */
+    fifo = block_main_thread(pair.to);
+    while (!read_ram_property_int(pair.from, "holes")) {
+        g_usleep(1000);
+    }
+    migrate_set_parameter_int(pair.from, "avail-switchover-bandwidth",
+                              1024 * GiB);
+    migrate_set_parameter_int(pair.from, "downtime-limit", 60 * 1000);
+    wait_for_migration_status(pair.from, "pre-switchover", NULL);
+    for (uint64_t page = LEAD_PAGES; page < pages; page++) {
+        if (page % SHORT_RUN == SHORT_RUN / 2) {
+            qtest_memset(pair.from, guest_address(page), 0xa5, 8);
+        }
+    }
+    migrate_continue(pair.from, "pre-switchover");
+    wait_for_migration_complete(pair.from);
+    unblock_main_thread(pair.to, fifo);
+    wait_for_migration_complete(pair.to);
+
+    g_free(check_content(&pair, kinds, true));
+    guest_pair_end(&pair);
+}
+
+static void test_write_behind_run(void)
+{
+    /* Each has its end where a run is the last that was sent, or a page is */
+    for (int i = 0; i < 3; i++) {
+        migrate_writing_behind_run();
+    }
+}
+
 static void test_idle(void)
 {
     uint64_t src_before, dst_before, transferred;
@@ -889,6 +1001,8 @@ void migration_test_add_sparse_ram(MigrationTestEnv *env)
     if (sizeof(void *) > 4) {
         migration_test_add("/migration/sparse/capability/idle", test_idle);
     }
+    migration_test_add("/migration/sparse/capability/multifd/write-behind-run",
+                       test_write_behind_run);
     migration_test_add("/migration/sparse/capability/mismatch/source-on",
                        test_mismatch_source_on);
     migration_test_add("/migration/sparse/capability/mismatch/destination-on",
