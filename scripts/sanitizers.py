@@ -4,9 +4,10 @@
 A report is ours if it happened in a line that the patches have changed, or if
 a function of this project's files takes part in it, however far out.  All others
 must be listed, in tests/rig/*.supp: then a QEMU without the patches gives them,
-too.  A race that is listed with both functions is QEMU's although a line of it was
-changed: it is the same race.  The lists are not given to the sanitizers: there,
-what is meant for QEMU would hide what is ours.
+too.  A race that is listed with both functions is excused also where it is ours: it
+is the same race as that of QEMU, in a line that was changed, or because a function
+of ours does what QEMU's do.  The lists are not given to the sanitizers: there, what
+is meant for QEMU would hide what is ours.
 """
 
 import fnmatch
@@ -159,14 +160,12 @@ class Ownership:
         return self._lines[path]
 
     def has(self, report: Report) -> bool:
-        """Whether a report is ours by a line that was changed."""
+        """Whether a report is ours."""
+        frames = report.frames()
         # Who has lost memory need not have called malloc() itself
-        nearest = report.frames() if report.kind == 'leak' else report.tops()
-        return any(frame[2] in self._lines_of(frame) for frame in nearest)
-
-    def has_function(self, report: Report) -> bool:
-        """Whether a report is ours by a function of a new file."""
-        return any(0 in self._lines_of(frame) for frame in report.frames())
+        nearest = frames if report.kind == 'leak' else report.tops()
+        return (any(frame[2] in self._lines_of(frame) for frame in nearest) or
+                any(0 in self._lines_of(frame) for frame in frames))
 
 
 class Listed:
@@ -214,8 +213,7 @@ def judge(reports: Sequence[Report], ownership: Ownership,
     """Tell ours from QEMU's."""
     verdict = Verdict({}, {}, {})
     for report in reports:
-        if ownership.has_function(report) or \
-                ownership.has(report) and not known.has_race(report):
+        if ownership.has(report) and not known.has_race(report):
             verdict.ours.setdefault(report.where, report)
         elif known.has(report):
             verdict.listed[report.where] = verdict.listed.get(report.where,
