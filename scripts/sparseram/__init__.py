@@ -4,6 +4,7 @@
 base       which QEMU series this is about, and where it lies
 guest      starts and stops a QEMU, and talks to it
 cgroup     a limit to the memory of a guest's process
+host       what else the kernel lets a program have
 memory     what the kernel says about guest RAM, without ever populating it
 blocks     the RAM blocks of any QEMU, one by one: content and pages
 migrate    one migration from start to end: migrate_once(config) -> Result
