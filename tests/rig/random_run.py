@@ -21,7 +21,7 @@ from random_case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case, Side,
 from random_model import (DATA, HOLE, MIB, PAGE, THP, ZERO, BlockModel,
                           Content, WrongResult, in_extents, in_units, minus,
                           runs_of, some, union)
-from sparseram import UserError
+from sparseram import UserError, host
 from sparseram.blocks import Block as RamBlock
 from sparseram.blocks import Writer, find_blocks
 from sparseram.guest import GuestError, Qemu
@@ -104,11 +104,6 @@ def _direct_io_works(directory: str) -> bool:
     return True
 
 
-def _userfaultfd_works() -> bool:
-    return os.geteuid() == 0 or os.access('/dev/userfaultfd',
-                                          os.R_OK | os.W_OK)
-
-
 def _require(case: Case, directory: str) -> None:
     """Raise Unsupported if something is missing."""
     # More than one case needs; others may be running
@@ -127,9 +122,8 @@ def _require(case: Case, directory: str) -> None:
         raise Unsupported(f'no more than {_LOCKED // MIB} MiB of memory can '
                           'be locked (ulimit -l)')
     if (case.postcopy or case.mode == 'background-snapshot') and \
-            not _userfaultfd_works():
-        raise Unsupported('userfaultfd is for root only '
-                          '(sysctl vm.unprivileged_userfaultfd)')
+            not host.userfaultfd_works():
+        raise Unsupported(host.NO_USERFAULTFD)
 
 
 _PR_SET_THP_DISABLE = 41

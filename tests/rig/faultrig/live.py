@@ -21,7 +21,7 @@ from .attempt import Attempt, Hang, configure
 from .cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS, TO_DESTINATION,
                     Case, Cut, Dice, Moment)
 from .peek import Expected
-from .run import Job, Result, Tools, run_job
+from .run import Job, Result, Tools, require_userfaultfd, run_job
 from .sides import Side, Snapshot
 from .verdict import check_ended, require
 
@@ -119,6 +119,8 @@ class _Live(Job):
                    value.to_bytes(4, 'little'))
 
     def run(self) -> None:
+        if any(case.how.postcopy for case in self._cases):
+            require_userfaultfd()
         source = self._start('source', False)
         with watched(self._sides, GIB // 2, _TIMEOUT) as watchdog:
             source.qmp('cont')

@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, Optional, Set, Tuple
 
+from sparseram import host
 from sparseram.cgroup import Cgroup, CgroupUnavailable
 from sparseram.guest import GuestError
 from sparseram.memory import GIB, PAGE_SIZE
@@ -75,6 +76,12 @@ class Result:
 def _no_core_dumps() -> None:
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+
+
+def require_userfaultfd() -> None:
+    """Raise Unavailable if postcopy cannot work here."""
+    if not host.userfaultfd_works():
+        raise Unavailable(host.NO_USERFAULTFD)
 
 
 class Job:
@@ -156,12 +163,8 @@ class _Run(Job):
             if sides.free_huge_pages() < _HUGE_PAGES:
                 raise Unavailable(f'{_HUGE_PAGES} free huge pages of 2 MiB '
                                   'are needed (vm.nr_hugepages)')
-        if case.how.postcopy and not os.access('/dev/userfaultfd', os.R_OK):
-            # What QEMU does without it
-            with open('/proc/sys/vm/unprivileged_userfaultfd',
-                      encoding='ascii') as file:
-                if os.geteuid() and file.read().strip() != '1':
-                    raise Unavailable('userfaultfd is not allowed here')
+        if case.how.postcopy:
+            require_userfaultfd()
         if case.fault == 'oom':
             try:
                 self._cgroup = self._stack.enter_context(Cgroup(GIB))
