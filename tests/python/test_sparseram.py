@@ -5,6 +5,7 @@
 import mmap
 import os
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -214,6 +215,35 @@ class Machine(unittest.TestCase):
     def test_available_is_part_of_total(self):
         self.assertGreater(memory.available(), 0)
         self.assertLessEqual(memory.available(), memory.total())
+
+    def headroom(self, version_2: bool, **files: str):
+        """Of a cgroup with these files."""
+        with tempfile.TemporaryDirectory() as directory:
+            for name, text in files.items():
+                with open(f'{directory}/memory.{name}', 'w',
+                          encoding='ascii') as file:
+                    file.write(text)
+            return memory.cgroup_headroom(directory, version_2)
+
+    def test_headroom_in_cgroup(self):
+        stat = 'anon 1\ninactive_file 30\nactive_file 20\n'
+        self.assertEqual(self.headroom(True, max='100\n', current='60\n',
+                                       stat=stat), 90)
+        self.assertIsNone(self.headroom(True, max='max\n', current='60\n',
+                                        stat=stat))
+        self.assertIsNone(self.headroom(True))
+        stat = 'inactive_file 7\ntotal_inactive_file 30\ntotal_active_file 0\n'
+        self.assertEqual(self.headroom(False, limit_in_bytes='100',
+                                       usage_in_bytes='60', stat=stat), 70)
+        self.assertIsNone(self.headroom(
+            False, limit_in_bytes='9223372036854771712', usage_in_bytes='60',
+            stat=stat))
+
+    def test_cgroup_limits_what_is_available(self):
+        with mock.patch.object(memory, '_own_cgroups', lambda: (True, 'abc')), \
+             mock.patch.object(memory, 'cgroup_headroom',
+                               lambda each, _: {'b': 5, 'c': 9}.get(each)):
+            self.assertEqual(memory.available(), 5)
 
     def test_mappable(self):
         self.assertIsNone(memory.check_mappable(64 * MIB))
