@@ -8,9 +8,12 @@ import ctypes
 import fcntl
 import math
 import os
+import sys
 from typing import Optional
 
 from .cgroup import CgroupUnavailable, own_directories
+
+SHM = '/dev/shm'
 
 # userfaultfd(2): its number where that is not the one of asm-generic/unistd.h
 _USERFAULTFD = {'x86_64': 323, 's390x': 355, 'ppc64': 364, 'ppc64le': 364}
@@ -53,6 +56,33 @@ def cpus() -> int:
     for directory in directories:
         count = min(count, _quota(directory, version_2) or count)
     return max(1, math.ceil(count))
+
+
+# Files that are memory
+
+def free_huge_pages() -> int:
+    """Huge pages of 2 MiB that nobody has or has reserved."""
+    directory = '/sys/kernel/mm/hugepages/hugepages-2048kB/'
+    try:
+        with open(directory + 'free_hugepages', encoding='ascii') as free, \
+             open(directory + 'resv_hugepages', encoding='ascii') as reserved:
+            return int(free.read()) - int(reserved.read())
+    except OSError:
+        return 0
+
+
+def free_shm() -> int:
+    """Bytes that can be written to files in /dev/shm; 64 MiB in many a
+    container.
+    """
+    try:
+        status = os.statvfs(SHM)
+    except OSError:
+        return 0
+    if not os.access(SHM, os.W_OK):
+        return 0
+    # A tmpfs of unlimited size has no blocks at all
+    return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
 
 
 # userfaultfd

@@ -49,6 +49,21 @@ class Cpus(unittest.TestCase):
             self.assertEqual(host.cpus(), len(os.sched_getaffinity(0)))
 
 
+class Files(unittest.TestCase):
+    def test_free_shm(self):
+        for blocks, free, can_write, expected in (
+                (16384, 100, True, 100 * 4096), (16384, 100, False, 0),
+                (0, 0, True, sys.maxsize)):
+            with mock.patch.object(os, 'statvfs') as statvfs, \
+                 mock.patch.object(os, 'access', lambda *_, can=can_write: can):
+                statvfs.return_value.f_blocks = blocks
+                statvfs.return_value.f_bavail = free
+                statvfs.return_value.f_frsize = 4096
+                self.assertEqual(host.free_shm(), expected)
+        with mock.patch.object(os, 'statvfs', side_effect=FileNotFoundError):
+            self.assertEqual(host.free_shm(), 0)
+
+
 class Userfaultfd(unittest.TestCase):
     @staticmethod
     def works_for(user: int) -> bool:

@@ -85,15 +85,6 @@ class Unsupported(Exception):
 
 # What this machine has
 
-def _huge_pages_free() -> int:
-    try:
-        with open('/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages',
-                  encoding='ascii') as file:
-            return int(file.read())
-    except OSError:
-        return 0
-
-
 def _direct_io_works(directory: str) -> bool:
     try:
         fd = os.open(f'{directory}/direct-io',
@@ -109,9 +100,15 @@ def _require(case: Case, directory: str) -> None:
     # More than one case needs; others may be running
     if any('hugetlb' in side.backend for block in case.blocks
            for side in (block.source, block.destination)) \
-            and _huge_pages_free() < 64:
+            and host.free_huge_pages() < 64:
         raise Unsupported('fewer than 64 free huge pages of 2 MiB '
                           '(sysctl vm.nr_hugepages)')
+    # With some room for what is around a block
+    needed = sum((block.size + 1) * MIB for block in case.blocks
+                 for side in (block.source, block.destination)
+                 if side.backend.startswith('shm'))
+    if needed and host.free_shm() < needed:
+        raise Unsupported(f'less than {needed // MIB} MiB free in {host.SHM}')
     if case.source.parameters.get('direct-io') and \
             not _direct_io_works(directory):
         raise Unsupported(f'no O_DIRECT in {os.path.dirname(directory)} '

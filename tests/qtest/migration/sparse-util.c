@@ -10,6 +10,7 @@
 
 #include <linux/falloc.h>
 #include <sys/mman.h>
+#include <sys/statvfs.h>
 
 #include "libqtest.h"
 #include "migration/migration-qmp.h"
@@ -18,6 +19,10 @@
 #include "qemu/cutils.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
+
+/* Two guests of PATTERN_SIZE, one file of which begins before its RAM */
+#define SHM_NEEDED_MIB 258
+QEMU_BUILD_BUG_ON(SHM_NEEDED_MIB * MiB < 2 * (PATTERN_SIZE + 1 * MiB));
 
 #ifndef MFD_ALLOW_SEALING
 #define MFD_ALLOW_SEALING 0x0002U
@@ -792,6 +797,19 @@ static bool have_huge_pages(uint64_t pages)
     return free_pages >= reserved + pages;
 }
 
+/* Whether it is there, and has room for two guests that are filled */
+static bool have_shm(void)
+{
+    struct statvfs fs;
+
+    if (access("/dev/shm", W_OK) != 0 || statvfs("/dev/shm", &fs) != 0) {
+        return false;
+    }
+    /* A tmpfs of unlimited size has no blocks at all */
+    return fs.f_blocks == 0 ||
+           (uint64_t)fs.f_bavail * fs.f_frsize >= SHM_NEEDED_MIB * MiB;
+}
+
 static bool have_process_memory(void)
 {
     int fd = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
@@ -810,8 +828,9 @@ const char *sparse_backend_skip_reason(SparseBackend backend)
                "(see /proc/sys/vm/nr_hugepages)";
     }
     if ((is_shm_file(backend) || backend == BACKEND_SHM) &&
-        access("/dev/shm", W_OK) != 0) {
-        return "/dev/shm is not writable";
+        !have_shm()) {
+        return "/dev/shm is not writable, or has less than "
+               stringify(SHM_NEEDED_MIB) " MiB free";
     }
     if ((backend == BACKEND_RAM || backend == BACKEND_MEMFD_PRIVATE) &&
         !have_process_memory()) {

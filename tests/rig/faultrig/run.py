@@ -15,7 +15,7 @@ from typing import Callable, Dict, List, Optional, Set, Tuple
 from sparseram import host
 from sparseram.cgroup import Cgroup, CgroupUnavailable
 from sparseram.guest import GuestError
-from sparseram.memory import GIB, PAGE_SIZE
+from sparseram.memory import GIB, MIB, PAGE_SIZE
 from sparseram.migrate import MigrationAborted, watched
 
 from . import known, sides, verdict
@@ -160,9 +160,14 @@ class _Run(Job):
         case = self._case
         if case.source == 'hugetlb':
             self._stack.enter_context(_one_with_huge_pages)
-            if sides.free_huge_pages() < _HUGE_PAGES:
+            if host.free_huge_pages() < _HUGE_PAGES:
                 raise Unavailable(f'{_HUGE_PAGES} free huge pages of 2 MiB '
                                   'are needed (vm.nr_hugepages)')
+        # With a second destination
+        if 'shm-file' in (case.source, case.destination) and \
+                host.free_shm() < 3 * case.size:
+            raise Unavailable(f'{3 * case.size // MIB} MiB of room are needed '
+                              f'in {host.SHM}')
         if case.how.postcopy:
             require_userfaultfd()
         if case.fault == 'oom':
