@@ -12,6 +12,7 @@ All sizes and offsets are in bytes; offsets count from the start of the block.
 import mmap
 import os
 import re
+import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional
@@ -112,6 +113,9 @@ class Block:
     @contextmanager
     def _opened_file(self) -> Iterator[int]:
         assert self._path
+        # memory-backend-shm lets nobody open its file, but it is ours
+        if not os.stat(self._path).st_mode & stat.S_IRUSR:
+            os.chmod(self._path, 0o600)
         fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         try:
             yield fd
