@@ -58,6 +58,16 @@ def cpus() -> int:
     return max(1, math.ceil(count))
 
 
+# Memory
+
+def overcommit_is_strict() -> bool:
+    """Whether nothing can be mapped but what there is memory for, not even
+    with MAP_NORESERVE.
+    """
+    with open('/proc/sys/vm/overcommit_memory', encoding='ascii') as file:
+        return file.read().strip() == '2'
+
+
 # Files that are memory
 
 def free_huge_pages() -> int:
