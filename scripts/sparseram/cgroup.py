@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A memory cgroup, version 1 or 2, for a QEMU that shall be short of memory."""
 
+import errno
 import os
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 
 class CgroupUnavailable(Exception):
     """No cgroup can be made here; says why."""
+
+
+# For this long, a process that has ended may still count as one of a cgroup
+_BUSY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,15 @@ class Cgroup:
             'a cgroup that is delegated with its memory controller')
 
     def __exit__(self, *_: object) -> None:
-        os.rmdir(self._path)
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                os.rmdir(self._path)
+                return
+            except OSError as err:
+                if err.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _set_up(self) -> None:
         self.oom_kills()

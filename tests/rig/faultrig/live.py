@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import List, Set
 
 from sparseram import memory, writer
-from sparseram.memory import GIB, KIB, MIB, PAGE_SIZE
+from sparseram.cli import memory_floor
+from sparseram.memory import KIB, MIB, PAGE_SIZE
 from sparseram.migrate import watched
 
 from . import known
@@ -122,7 +123,7 @@ class _Live(Job):
         if any(case.how.postcopy for case in self._cases):
             require_userfaultfd()
         source = self._start('source', False)
-        with watched(self._sides, GIB // 2, _TIMEOUT) as watchdog:
+        with watched(self._sides, memory_floor(), _TIMEOUT) as watchdog:
             source.qmp('cont')
             self._wait_for('source', 'B', 4, watchdog)
             on: Set[str] = set()

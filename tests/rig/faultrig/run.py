@@ -14,6 +14,7 @@ from typing import Callable, Dict, List, Optional, Set, Tuple
 
 from sparseram import host
 from sparseram.cgroup import Cgroup, CgroupUnavailable
+from sparseram.cli import memory_floor
 from sparseram.guest import GuestError
 from sparseram.memory import GIB, MIB, PAGE_SIZE
 from sparseram.migrate import MigrationAborted, watched
@@ -224,7 +225,7 @@ class _Run(Job):
             fails='destination' in case.fails_calls_of, cgroup=self._cgroup)
         if self._cgroup:
             self._cgroup.leave(case.limit)
-        with watched(self._sides, GIB // 2,
+        with watched(self._sides, memory_floor(),
                      self._tools.timeout) as watchdog:
             snapshot = self._snapshot(source)
             was_on = self._migrate(source, destination, snapshot, old,
