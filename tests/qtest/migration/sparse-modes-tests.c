@@ -825,8 +825,11 @@ static void test_other_process(bool multifd)
     if (!guests_start(&guests, BACKEND_MEMFD, PATTERN_EMPTY, false)) {
         return;
     }
-    /* A zero page takes 9 bytes: all of them would take seconds */
-    migrate_set_parameter_int(guests.from, "max-bandwidth", 64 * KiB);
+    /*
+     * A zero page takes 9 bytes: all of them would take a minute, and those
+     * that fit into a buffer no time at all.
+     */
+    migrate_set_parameter_int(guests.from, "max-bandwidth", 4 * KiB);
     migrate_qmp(guests.from, guests.to, uri, NULL, "{}");
     while (holes_sent(guests.from) < 1000) {
         g_usleep(1000);
