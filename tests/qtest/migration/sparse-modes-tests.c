@@ -489,7 +489,11 @@ static bool set_mode(const ModeCase *c, QTestState *who)
 static void migrate_tcp(const Guests *guests, bool postcopy)
 {
     migrate_incoming_qmp(guests->to, "tcp:127.0.0.1:0", NULL, "{}");
-    migrate_ensure_converge(guests->from);
+    if (postcopy) {
+        migrate_ensure_postcopy(guests->from);
+    } else {
+        migrate_ensure_converge(guests->from);
+    }
     migrate_qmp(guests->from, guests->to, NULL, NULL, "{}");
     if (postcopy) {
         qtest_qmp_assert_success(guests->from,
@@ -497,6 +501,9 @@ static void migrate_tcp(const Guests *guests, bool postcopy)
     }
     wait_for_migration_complete(guests->from);
     wait_for_migration_complete(guests->to);
+    if (postcopy) {
+        check_postcopy(guests->from);
+    }
 }
 
 static char *test_file(const char *name)

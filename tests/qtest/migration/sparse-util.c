@@ -789,6 +789,17 @@ void migrate_set_multifd(QTestState *from, QTestState *to)
     migrate_set_both_capability(from, to, "multifd");
 }
 
+void migrate_ensure_postcopy(QTestState *from)
+{
+    migrate_set_parameter_int(from, "max-bandwidth", 4 * KiB);
+    migrate_set_parameter_int(from, "downtime-limit", 1);
+}
+
+void check_postcopy(QTestState *from)
+{
+    g_assert_cmpint(read_statistic(from, "postcopy-bytes"), >, 0);
+}
+
 static bool have_huge_pages(uint64_t pages)
 {
     uint64_t free_pages = read_sysfs_number(HUGETLB_SYSFS "free_hugepages");

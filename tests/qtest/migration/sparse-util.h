@@ -238,6 +238,15 @@ bool migrate_try_capability(QTestState *who, const char *name);
 void migrate_set_both_capability(QTestState *from, QTestState *to,
                                  const char *name);
 
+/*
+ * Let precopy be so slow that it cannot be over before postcopy has started,
+ * if there are thousands of holes or some data to send
+ */
+void migrate_ensure_postcopy(QTestState *from);
+
+/* After a migration: postcopy must have sent something */
+void check_postcopy(QTestState *from);
+
 /* Switch multifd on, on both sides, with a good many channels */
 void migrate_set_multifd(QTestState *from, QTestState *to);
 
