@@ -41,6 +41,7 @@ class Tools:
 
     qemu: the binary.  library: fail-calls.so.
     timeout: seconds for the migrations of a case.
+    hang_seconds: after which a side that waits for multifd counts as hanging.
     sparse: RAM has to stay sparse; not so with a stock QEMU.
     after: is called when a migration has ended, before anything is checked;
     to see that the checks notice.
@@ -49,6 +50,7 @@ class Tools:
     library: str
     extra_args: Tuple[str, ...] = ()
     timeout: float = TIMEOUT
+    hang_seconds: float = known.HANG_SECONDS
     sparse: bool = True
     after: Optional[Callable[[Side, Side, Ending], None]] = None
 
@@ -292,8 +294,10 @@ class _Run(Job):
         watches = []
         if not how.file and 'multifd' in how.capabilities:
             watches = [
-                known.MultifdWatch(source, how.channels - 1, destination),
-                known.MultifdWatch(destination, how.channels - 1)]
+                known.MultifdWatch(source, how.channels - 1, destination,
+                                   self._tools.hang_seconds),
+                known.MultifdWatch(destination, how.channels - 1,
+                                   seconds=self._tools.hang_seconds)]
         for watch in watches:
             watch.start()
         try:
