@@ -9,11 +9,13 @@ import fcntl
 import math
 import os
 import sys
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
 from .cgroup import CgroupUnavailable, own_directories
 
 SHM = '/dev/shm'
+_HUGE_PAGES = '/sys/kernel/mm/hugepages/hugepages-2048kB'
 
 # userfaultfd(2): its number where that is not the one of asm-generic/unistd.h
 _USERFAULTFD = {'x86_64': 323, 's390x': 355, 'ppc64': 364, 'ppc64le': 364}
@@ -72,13 +74,32 @@ def overcommit_is_strict() -> bool:
 
 def free_huge_pages() -> int:
     """Huge pages of 2 MiB that nobody has or has reserved."""
-    directory = '/sys/kernel/mm/hugepages/hugepages-2048kB/'
     try:
-        with open(directory + 'free_hugepages', encoding='ascii') as free, \
-             open(directory + 'resv_hugepages', encoding='ascii') as reserved:
+        with open(f'{_HUGE_PAGES}/free_hugepages', encoding='ascii') as free, \
+             open(f'{_HUGE_PAGES}/resv_hugepages',
+                  encoding='ascii') as reserved:
             return int(free.read()) - int(reserved.read())
     except OSError:
         return 0
+
+
+@contextmanager
+def locked_huge_pages() -> Iterator[int]:
+    """Let no other test take huge pages meanwhile.
+
+    Tells how many are free.  sparse_lock_huge_pages() of migration-test takes
+    the same lock.
+    """
+    try:
+        lock = os.open(_HUGE_PAGES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield 0
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield free_huge_pages()
+    finally:
+        os.close(lock)
 
 
 def free_shm() -> int:

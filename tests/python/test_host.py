@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of scripts/sparseram/host.py."""
 
+import fcntl
 import os
 import sys
 import tempfile
@@ -62,6 +63,28 @@ class Files(unittest.TestCase):
                 self.assertEqual(host.free_shm(), expected)
         with mock.patch.object(os, 'statvfs', side_effect=FileNotFoundError):
             self.assertEqual(host.free_shm(), 0)
+
+
+class HugePages(unittest.TestCase):
+    def test_one_at_a_time(self):
+        with tempfile.TemporaryDirectory() as directory, \
+             mock.patch.object(host, '_HUGE_PAGES', directory):
+            for name, text in (('free', '70\n'), ('resv', '6\n')):
+                with open(f'{directory}/{name}_hugepages', 'w',
+                          encoding='ascii') as file:
+                    file.write(text)
+            other = os.open(directory, os.O_RDONLY)
+            self.addCleanup(os.close, other)
+            with host.locked_huge_pages() as free:
+                self.assertEqual(free, 64)
+                with self.assertRaises(BlockingIOError):
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_none(self):
+        with mock.patch.object(host, '_HUGE_PAGES', '/nonexistent'), \
+             host.locked_huge_pages() as free:
+            self.assertEqual(free, 0)
 
 
 class Userfaultfd(unittest.TestCase):

@@ -95,12 +95,14 @@ def _direct_io_works(directory: str) -> bool:
     return True
 
 
-def _require(case: Case, directory: str) -> None:
-    """Raise Unsupported if something is missing."""
-    # More than one case needs; others may be running
+def _require(case: Case, directory: str, stack: ExitStack) -> None:
+    """Raise Unsupported if something is missing.
+
+    stack: of what is to be undone when the case is over
+    """
     if any('hugetlb' in side.backend for block in case.blocks
            for side in (block.source, block.destination)) \
-            and host.free_huge_pages() < 64:
+            and stack.enter_context(host.locked_huge_pages()) < 64:
         raise Unsupported('fewer than 64 free huge pages of 2 MiB '
                           '(sysctl vm.nr_hugepages)')
     # With some room for what is around a block
@@ -844,7 +846,7 @@ def _run(case: Case, setup: Setup) -> None:
     with ExitStack() as stack:
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix='random-'))
-        _require(case, directory)
+        _require(case, directory, stack)
         source = Machine('source', case, case.source, setup, directory)
         destination = Machine('destination', case, case.destination, setup,
                               directory)

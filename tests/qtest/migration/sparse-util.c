@@ -9,6 +9,7 @@
 #include "qemu/osdep.h"
 
 #include <linux/falloc.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/statvfs.h>
 
@@ -800,6 +801,27 @@ void check_postcopy(QTestState *from)
     g_assert_cmpint(read_statistic(from, "postcopy-bytes"), >, 0);
 }
 
+static int huge_pages_lock = -1;
+
+static void unlock_huge_pages(void *opaque)
+{
+    close(huge_pages_lock);
+    huge_pages_lock = -1;
+}
+
+void sparse_lock_huge_pages(void)
+{
+    if (huge_pages_lock >= 0) {
+        return;
+    }
+    huge_pages_lock = open(HUGETLB_SYSFS, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (huge_pages_lock >= 0) {
+        g_test_queue_destroy(unlock_huge_pages, NULL);
+        g_assert_cmpint(RETRY_ON_EINTR(flock(huge_pages_lock, LOCK_EX)),
+                        ==, 0);
+    }
+}
+
 static bool have_huge_pages(uint64_t pages)
 {
     uint64_t free_pages = read_sysfs_number(HUGETLB_SYSFS "free_hugepages");
@@ -833,6 +855,9 @@ static bool have_process_memory(void)
 
 const char *sparse_backend_skip_reason(SparseBackend backend)
 {
+    if (backend == BACKEND_HUGETLB) {
+        sparse_lock_huge_pages();
+    }
     if (backend == BACKEND_HUGETLB &&
         !have_huge_pages(2 * HUGETLB_SIZE / HUGETLB_PAGE_SIZE)) {
         return "less than 64 free huge pages of 2 MiB "

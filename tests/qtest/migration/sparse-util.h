@@ -72,7 +72,17 @@ typedef enum SparseBackend {
     BACKEND_HUGETLB_FILE,       /* the same, on hugetlbfs */
 } SparseBackend;
 
-/* Returns why the backend cannot be had twice on this host, or NULL */
+/*
+ * Until the end of this test, no other program that asks for this lock, as the
+ * tests do, takes huge pages: those that are free now are still free when a
+ * guest wants them.
+ */
+void sparse_lock_huge_pages(void);
+
+/*
+ * Returns why the backend cannot be had twice on this host, or NULL.  Takes the
+ * lock if it has huge pages.
+ */
 const char *sparse_backend_skip_reason(SparseBackend backend);
 
 /* The RAM of one QEMU: a file, or a range of /proc/PID/mem */

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import tempfile
-import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -32,7 +31,6 @@ TIMEOUT = 60.0
 
 # Huge pages that a case may use: three QEMUs with 16 MiB each
 _HUGE_PAGES = 24
-_one_with_huge_pages = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,8 @@ class _Run(Job):
     def _check_available(self) -> None:
         case = self._case
         if case.source == 'hugetlb':
-            self._stack.enter_context(_one_with_huge_pages)
-            if host.free_huge_pages() < _HUGE_PAGES:
+            if self._stack.enter_context(
+                    host.locked_huge_pages()) < _HUGE_PAGES:
                 raise Unavailable(f'{_HUGE_PAGES} free huge pages of 2 MiB '
                                   'are needed (vm.nr_hugepages)')
         # With a second destination
