@@ -12,6 +12,7 @@ report     its results as text
 operation  anything that reads all of guest RAM: measure() -> Measurement
 rows       what the benchmark measures, and its targets
 summary    its measurements as medians, tables and verdicts
+program    programs as modules, for tests
 cli        what the scripts' command lines have in common
 """
 
