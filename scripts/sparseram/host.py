@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the kernel of this machine lets a program have.
 
-Memory is in sparseram.memory.
+How much memory there is, is in sparseram.memory.
 """
 
 import ctypes
@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Iterator, Optional
 
 from .cgroup import CgroupUnavailable, own_directories
+from .memory import MIB, PAGE_SIZE
 
 SHM = '/dev/shm'
 _HUGE_PAGES = '/sys/kernel/mm/hugepages/hugepages-2048kB'
+_SHMEM_ENABLED = '/sys/kernel/mm/transparent_hugepage/shmem_enabled'
 
 # userfaultfd(2): its number where that is not the one of asm-generic/unistd.h
 _USERFAULTFD = {'x86_64': 323, 's390x': 355, 'ppc64': 364, 'ppc64le': 364}
@@ -71,6 +73,20 @@ def overcommit_is_strict() -> bool:
 
 
 # Files that are memory
+
+def shmem_unit() -> int:
+    """Bytes that one page of data in a memfd may allocate.
+
+    QEMU asks for transparent huge pages, and gets them if "advise" is set.
+    """
+    try:
+        with open(_SHMEM_ENABLED, encoding='ascii') as file:
+            setting = file.read()
+    except OSError:
+        return PAGE_SIZE
+    small = '[never]' in setting or '[deny]' in setting
+    return PAGE_SIZE if small else 2 * MIB
+
 
 def free_huge_pages() -> int:
     """Huge pages of 2 MiB that nobody has or has reserved."""

@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 # pylint: disable=wrong-import-position,protected-access
 from sparseram import host                              # noqa: E402
 from sparseram.cgroup import CgroupUnavailable          # noqa: E402
+from sparseram.memory import MIB, PAGE_SIZE             # noqa: E402
 
 NOBODY = 65534
 
@@ -63,6 +64,23 @@ class Files(unittest.TestCase):
                 self.assertEqual(host.free_shm(), expected)
         with mock.patch.object(os, 'statvfs', side_effect=FileNotFoundError):
             self.assertEqual(host.free_shm(), 0)
+
+
+class ShmemUnit(unittest.TestCase):
+    def test_setting(self):
+        for setting, unit in (
+                ('always within_size advise [never] deny force', 4096),
+                ('always within_size advise never [deny] force', 4096),
+                ('always within_size [advise] never deny force', 2 * MIB),
+                ('[always] within_size advise never deny force', 2 * MIB)):
+            with tempfile.NamedTemporaryFile('w') as file, \
+                 mock.patch.object(host, '_SHMEM_ENABLED', file.name), \
+                 mock.patch.object(host, 'PAGE_SIZE', 4096):
+                file.write(setting)
+                file.flush()
+                self.assertEqual(host.shmem_unit(), unit)
+        with mock.patch.object(host, '_SHMEM_ENABLED', '/nonexistent'):
+            self.assertEqual(host.shmem_unit(), PAGE_SIZE)
 
 
 class HugePages(unittest.TestCase):

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
+from sparseram import host
 from sparseram.cgroup import Cgroup
 from sparseram.guest import BACKENDS, Backend, Guest
 from sparseram.host import SHM
@@ -316,7 +317,7 @@ def allocation_unit(kind: str) -> int:
         return HUGE_PAGE
     if kind in ('anonymous', 'shared-anonymous') and huge_pages_enabled():
         return HUGE_PAGE
-    return PAGE_SIZE
+    return PAGE_SIZE if kind == 'anonymous' else host.shmem_unit()
 
 
 def allocated(side: Side) -> int:
