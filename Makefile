@@ -54,7 +54,7 @@ check: test-binaries rig ## Run all tests that do not take hours (scripts/run-te
 	@$(PYTHON) scripts/run-tests all
 
 .PHONY: check-long
-check-long: test-binaries rig ## Run what takes hours: random migrations and faults, guests that run
+check-long: test-binaries rig ## Run what takes hours: random, faults, old and new, guests, Linux, sanitizers
 	@$(PYTHON) scripts/run-tests long
 
 .PHONY: check-unit

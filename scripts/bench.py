@@ -27,11 +27,12 @@ import time
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
-from sparseram import UserError, memory, report, summary
+from sparseram import UserError, host, memory, report, summary
 from sparseram.base import ROOT
 from sparseram.cli import (add_qemu_arguments, check_binaries,
                            guest_size, memory_floor, run_main, say)
-from sparseram.guest import SHM, GuestError, import_qemu, pick_accelerator
+from sparseram.guest import GuestError, import_qemu, pick_accelerator
+from sparseram.host import SHM
 from sparseram.memory import GIB, MIB, SMALLEST
 from sparseram.migrate import MigrationFailed
 from sparseram.operation import MeasureConfig, Measurement, measure
@@ -129,20 +130,6 @@ def busy_cpus(seconds: float) -> float:
     return cpus * (1 - idle / everything) if everything else 0.0
 
 
-def free_huge_pages() -> int:
-    """Bytes of 2 MiB pages that nobody has or has been promised."""
-    pool = f'/sys/kernel/mm/hugepages/hugepages-{HUGE_PAGE // 1024}kB'
-
-    def read(name: str) -> int:
-        with open(f'{pool}/{name}', encoding='ascii') as file:
-            return int(file.read())
-
-    try:
-        return (read('free_hugepages') - read('resv_hugepages')) * HUGE_PAGE
-    except FileNotFoundError:
-        return 0
-
-
 def free_space(directory: str) -> int:
     """Bytes that may still be written to a file system."""
     status = os.statvfs(directory)
@@ -192,7 +179,7 @@ class Limits:
         """floor: bytes of memory to be left alone"""
         return cls(memory=memory.available() - floor,
                    disk=free_space(directory) - floor,
-                   huge_pages=free_huge_pages(),
+                   huge_pages=host.free_huge_pages() * HUGE_PAGE,
                    shm=free_space(SHM) if os.path.isdir(SHM) else 0,
                    disk_is_memory=file_system(directory) in ('tmpfs',
                                                              'ramfs'))

@@ -4,6 +4,7 @@
 base       which QEMU series this is about, and where it lies
 guest      starts and stops a QEMU, and talks to it
 cgroup     a limit to the memory of a guest's process
+host       what else the kernel lets a program have
 memory     what the kernel says about guest RAM, without ever populating it
 blocks     the RAM blocks of any QEMU, one by one: content and pages
 migrate    one migration from start to end: migrate_once(config) -> Result
@@ -11,6 +12,7 @@ report     its results as text
 operation  anything that reads all of guest RAM: measure() -> Measurement
 rows       what the benchmark measures, and its targets
 summary    its measurements as medians, tables and verdicts
+program    programs as modules, for tests
 cli        what the scripts' command lines have in common
 """
 

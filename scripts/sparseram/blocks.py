@@ -12,6 +12,7 @@ All sizes and offsets are in bytes; offsets count from the start of the block.
 import mmap
 import os
 import re
+import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional
@@ -32,15 +33,28 @@ class Mapping:
     offset: int
     device: int
     inode: int
+    path: str
 
     @classmethod
     def parse(cls, line: str) -> 'Mapping':
         """7f00-7f10 rw-s 00001000 00:01 42    /memfd:x (deleted)"""
-        addresses, flags, offset, device, inode = line.split()[:5]
+        fields = line.rstrip('\n').split(maxsplit=5)
+        addresses, flags, offset, device, inode = fields[:5]
         start, end = (int(part, 16) for part in addresses.split('-'))
         major, minor = (int(part, 16) for part in device.split(':'))
         return cls(start, end, 's' in flags, int(offset, 16),
-                   os.makedev(major, minor), int(inode))
+                   os.makedev(major, minor), int(inode),
+                   ''.join(fields[5:]))
+
+    def is_of(self, file: os.stat_result, link: str) -> bool:
+        """Whether it is a mapping of a file that the process has open.
+
+        link: where /proc/PID/fd says that the file is.
+        """
+        # stat(2) and /proc/PID/maps can disagree on the device: on btrfs and
+        # overlayfs, it is not the one of the file system
+        return file.st_ino == self.inode and (file.st_dev == self.device
+                                              or link == self.path)
 
 
 def _mapping_at(pid: int, address: int) -> Mapping:
@@ -59,12 +73,12 @@ def _path_of(pid: int, mapping: Mapping) -> Optional[str]:
         return None
     directory = f'/proc/{pid}/fd'
     for fd in os.listdir(directory):
+        path = f'{directory}/{fd}'
         try:
-            status = os.stat(f'{directory}/{fd}')
+            if mapping.is_of(os.stat(path), os.readlink(path)):
+                return path
         except FileNotFoundError:       # closed meanwhile
             continue
-        if (status.st_dev, status.st_ino) == (mapping.device, mapping.inode):
-            return f'{directory}/{fd}'
     raise RuntimeError(f'process {pid} has no descriptor of inode '
                        f'{mapping.inode}, which is mapped')
 
@@ -112,6 +126,9 @@ class Block:
     @contextmanager
     def _opened_file(self) -> Iterator[int]:
         assert self._path
+        # memory-backend-shm lets nobody open its file, but it is ours
+        if not os.stat(self._path).st_mode & stat.S_IRUSR:
+            os.chmod(self._path, 0o600)
         fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         try:
             yield fd

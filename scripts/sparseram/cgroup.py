@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A memory cgroup, version 1 or 2, for a QEMU that shall be short of memory."""
 
+import errno
 import os
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 
 class CgroupUnavailable(Exception):
     """No cgroup can be made here; says why."""
+
+
+# For this long, a process that has ended may still count as one of a cgroup
+_BUSY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,27 +41,29 @@ _V2 = _Files('memory.max', 'memory.current', 'memory.peak', 'memory.events',
              'memory.swap.max', 0)
 
 
-def parse_own(text: str) -> Optional[Tuple[bool, str]]:
-    """Of /proc/self/cgroup: the cgroup that limits memory, and whether it is
-    of version 2.
+def parse_own(text: str,
+              controller: str = 'memory') -> Optional[Tuple[bool, str]]:
+    """Of /proc/self/cgroup: the cgroup that limits memory, or what else the
+    controller is for, and whether it is of version 2.
     """
     found = None
     for line in text.splitlines():
         hierarchy, controllers, path = line.split(':', 2)
-        if 'memory' in controllers.split(','):
+        if controller in controllers.split(','):
             return False, path
         if hierarchy == '0':
             found = True, path
     return found
 
 
-def parse_mount(text: str, version_2: bool) -> Optional[Tuple[str, str]]:
+def parse_mount(text: str, version_2: bool,
+                controller: str = 'memory') -> Optional[Tuple[str, str]]:
     """Of /proc/self/mountinfo: which cgroup is mounted, and where."""
     for line in text.splitlines():
         before, _, after = line.partition(' - ')
         kind, _, options = after.split(' ', 2)
         if (kind == 'cgroup2' if version_2 else
-                kind == 'cgroup' and 'memory' in options.split(',')):
+                kind == 'cgroup' and controller in options.split(',')):
             root, where = before.split()[3:5]
             return root, where
     return None
@@ -72,12 +80,8 @@ def _write(path: str, value: object) -> None:
         file.write(str(value).encode('ascii'))
 
 
-def _candidates(mount: str, path: str) -> Iterator[str]:
-    """Directories to try: that of path, and those above it.
-
-    With version 2, a cgroup that has processes cannot have children with
-    limits, but those above it have.
-    """
+def _upwards(mount: str, path: str) -> Iterator[str]:
+    """Directories: that of path, and those above it."""
     path = path.rstrip('/')
     while path:
         yield mount + path
@@ -85,15 +89,22 @@ def _candidates(mount: str, path: str) -> Iterator[str]:
     yield mount
 
 
-def _places() -> Tuple[_Files, List[str]]:
-    """The interface, and where a cgroup may be made."""
+def own_directories(controller: str) -> Tuple[bool, List[str]]:
+    """Where the limits of this process are.
+
+    Returns whether they are of version 2, and the directories: that of its own
+    cgroup, and those above it.  Raises CgroupUnavailable.
+
+    controller: what for, such as 'memory'.
+    """
     try:
-        own = parse_own(_read('/proc/self/cgroup'))
-        mount = own and parse_mount(_read('/proc/self/mountinfo'), own[0])
+        own = parse_own(_read('/proc/self/cgroup'), controller)
+        mount = own and parse_mount(_read('/proc/self/mountinfo'), own[0],
+                                    controller)
     except OSError:
         own = mount = None
     if not own or not mount:
-        raise CgroupUnavailable('no memory cgroups are mounted')
+        raise CgroupUnavailable(f'no {controller} cgroups are mounted')
     version_2, path = own
     root, where = mount
     if root != '/':
@@ -103,7 +114,17 @@ def _places() -> Tuple[_Files, List[str]]:
         path = path[len(root):]
     if '/..' in path:
         raise CgroupUnavailable('the cgroup of this process is not visible')
-    return (_V2 if version_2 else _V1), list(_candidates(where, path))
+    return version_2, list(_upwards(where, path))
+
+
+def _places() -> Tuple[_Files, List[str]]:
+    """The interface, and where a cgroup may be made.
+
+    With version 2, a cgroup that has processes cannot have children with
+    limits, but those above it have.
+    """
+    version_2, directories = own_directories('memory')
+    return (_V2 if version_2 else _V1), directories
 
 
 class Cgroup:
@@ -135,7 +156,15 @@ class Cgroup:
             'a cgroup that is delegated with its memory controller')
 
     def __exit__(self, *_: object) -> None:
-        os.rmdir(self._path)
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                os.rmdir(self._path)
+                return
+            except OSError as err:
+                if err.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _set_up(self) -> None:
         self.oom_kills()

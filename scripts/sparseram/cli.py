@@ -38,8 +38,8 @@ def guest_size(text: str) -> int:
     return value
 
 
-def add_qemu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which QEMUs to start, and how."""
+def add_binary_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which QEMUs to start."""
     parser.add_argument('--patched', metavar='FILE',
                         default=f'{BUILD}/patched/qemu-system-x86_64',
                         help='the patched QEMU')
@@ -49,6 +49,11 @@ def add_qemu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--qemu-python', metavar='DIR',
                         default=f'{BUILD}/patched-src/python',
                         help="where QEMU's own qemu.machine is")
+
+
+def add_qemu_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which QEMUs to start, and how."""
+    add_binary_arguments(parser)
     parser.add_argument('--accel', choices=('tcg', 'kvm'),
                         help='default: kvm where the processor has '
                              'hardware virtualization, else tcg')

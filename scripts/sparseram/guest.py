@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, TypeVar
 
 from . import UserError
 from .cgroup import Cgroup
+from .host import SHM
 from .memory import (AnonymousRam, FileRam, GuestRam, PrivateFileRam, Sample,
                      format_size, sample)
 
@@ -80,7 +81,6 @@ class Backend:
 
 
 _MEMFD = '/memfd:memory-backend-memfd'
-SHM = '/dev/shm'
 
 
 def _find_memfd(pid: int, size: int) -> GuestRam:

@@ -16,10 +16,12 @@ import re
 import resource
 from array import array
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import (Callable, Dict, Iterable, Iterator, List, Optional,
                     Protocol, Tuple)
 
 from . import UserError
+from .cgroup import CgroupUnavailable, own_directories
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -52,35 +54,54 @@ def _read_fields(path: str) -> Dict[str, int]:
     return fields
 
 
-def _cgroup_headroom() -> Optional[int]:
-    """What the cgroups (v2) of this process still let it allocate."""
+# More than a machine can have: what version 1 of cgroups has for no limit
+_NO_LIMIT = 1 << 60
+
+# Of a cgroup: its limit, what it uses, and how memory.stat calls what it uses
+# for files, which the kernel takes back before it refuses anything
+_CGROUP_V1 = ('memory.limit_in_bytes', 'memory.usage_in_bytes',
+              ('total_active_file', 'total_inactive_file'))
+_CGROUP_V2 = ('memory.max', 'memory.current',
+              ('active_file', 'inactive_file'))
+
+
+def cgroup_headroom(directory: str, version_2: bool) -> Optional[int]:
+    """What a cgroup still lets its processes allocate, None if no limit."""
+    limit, usage, of_files = _CGROUP_V2 if version_2 else _CGROUP_V1
+
+    def read(name: str) -> str:
+        with open(f'{directory}/{name}', encoding='ascii') as file:
+            return file.read()
+
     try:
-        with open('/proc/self/cgroup', encoding='ascii') as lines:
-            path = next(line.rstrip('\n')[3:] for line in lines
-                        if line.startswith('0::'))
-    except (OSError, StopIteration):
+        most = int(read(limit))
+        if most >= _NO_LIMIT:
+            return None
+        statistics = dict(line.split() for line
+                          in read('memory.stat').splitlines())
+        cache = sum(int(statistics[name]) for name in of_files)
+        return most - max(0, int(read(usage)) - cache)
+    except (OSError, ValueError, KeyError):     # no such file, or "max"
         return None
 
-    headroom: Optional[int] = None
-    while path not in ('', '/'):
-        group = '/sys/fs/cgroup' + path
-        try:
-            with open(group + '/memory.max', encoding='ascii') as limit, \
-                 open(group + '/memory.current', encoding='ascii') as used:
-                free = int(limit.read()) - int(used.read())
-        except (OSError, ValueError):     # no such file, or "max"
-            pass
-        else:
-            headroom = free if headroom is None else min(headroom, free)
-        path = os.path.dirname(path)
-    return headroom
+
+@lru_cache(maxsize=None)
+def _own_cgroups() -> Tuple[bool, List[str]]:
+    try:
+        return own_directories('memory')
+    except CgroupUnavailable:
+        return True, []
 
 
 def available() -> int:
     """Memory that can be allocated now without swapping or an OOM kill."""
     free = _read_fields('/proc/meminfo')['MemAvailable']
-    headroom = _cgroup_headroom()
-    return free if headroom is None else max(0, min(free, headroom))
+    version_2, directories = _own_cgroups()
+    for directory in directories:
+        headroom = cgroup_headroom(directory, version_2)
+        if headroom is not None:
+            free = max(0, min(free, headroom))
+    return free
 
 
 def total() -> int:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of scripts/sparseram/cgroup.py."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -91,6 +92,20 @@ class Limit(unittest.TestCase):
         except CgroupUnavailable as err:
             self.skipTest(str(err))
         self.assertFalse(os.path.exists(path))
+
+    def test_a_process_may_take_a_while_to_be_gone(self):
+        with tempfile.TemporaryDirectory() as directory:
+            group = Cgroup(self.LIMIT)
+            group._path = directory
+            busy = OSError(errno.EBUSY, 'busy')
+            with mock.patch.object(os, 'rmdir',
+                                   side_effect=[busy, busy, None]) as rmdir:
+                group.__exit__()
+            self.assertEqual(rmdir.call_count, 3)
+            with mock.patch.object(os, 'rmdir', side_effect=busy), \
+                 mock.patch.object(cgroup, '_BUSY_SECONDS', 0.05), \
+                 self.assertRaises(OSError):
+                group.__exit__()
 
     def test_leave(self):
         try:

@@ -9,12 +9,14 @@ import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '../..')
 sys.path[:0] = [os.path.join(ROOT, 'tests/rig'), os.path.join(ROOT, 'scripts')]
 
 # pylint: disable=wrong-import-position,protected-access
-from faultrig import cases, failcalls, known, live, peek, verdict  # noqa: E402
+from faultrig import (cases, failcalls, known, live, peek,    # noqa: E402
+                      proxy, verdict)
 from faultrig.attempt import Ending                     # noqa: E402
 from faultrig.cases import (CLOSE, HALF, TO_DESTINATION,  # noqa: E402
                             TO_SOURCE, Case, Cut)
@@ -218,6 +220,10 @@ class Channel(unittest.TestCase):
             self.assertEqual(self.all_of(first[1]), b'')
 
     def test_hold_and_release(self):
+        # It must not be released because this test had to wait
+        patch = mock.patch.object(proxy, '_HOLD_SECONDS', 60)
+        patch.start()
+        self.addCleanup(patch.stop)
         self.proxy.hold_at('here', 4)
         with self.proxy:
             source, destination = self.connect()

@@ -8,8 +8,6 @@ build/BASE/patched-src.
 """
 
 import argparse
-import importlib.machinery
-import importlib.util
 import os
 import random
 import re
@@ -31,25 +29,14 @@ ANALYZE = os.path.abspath(os.path.join(
     'scripts/analyze-migration.py'))
 
 
-sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 # pylint: disable=wrong-import-position
+from sparseram.program import load_program              # noqa: E402
 from sparseram.stream import (MEM_SIZE, MULTIFD_FLUSH, PAGE,  # noqa: E402
                               RAM_HEADER, SECTION_FOOTER, SECTION_PART,
                               SECTION_START)
 
-
-def load_script():
-    """scripts/fuzz-stream as a module; its name cannot be imported."""
-    loader = importlib.machinery.SourceFileLoader(
-        'fuzz_stream', os.path.join(ROOT, 'scripts/fuzz-stream'))
-    spec = importlib.util.spec_from_loader('fuzz_stream', loader)
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-fuzz = load_script()
+fuzz = load_program(os.path.join(ROOT, 'scripts/fuzz-stream'))
 NAME = bytes([len(fuzz.BLOCK)]) + fuzz.BLOCK
 SECTION = struct.pack('>I', 2)
 FOOTER = bytes([SECTION_FOOTER]) + SECTION

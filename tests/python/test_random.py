@@ -380,6 +380,26 @@ class Blocks(unittest.TestCase):
         self.assertEqual(mapping.offset, 0x1000)
         self.assertEqual(mapping.inode, 1644)
         self.assertEqual(mapping.device, os.makedev(0, 0x1b))
+        self.assertEqual(mapping.path, '/dev/shm/a b (deleted)')
+
+    def test_anonymous(self):
+        mapping = Mapping.parse('7f10-7f20 rw-p 00000000 00:00 0 \n')
+        self.assertEqual((mapping.inode, mapping.path), (0, ''))
+
+    def test_file_of_mapping(self):
+        """Also where there are two numbers for a device, as on btrfs."""
+        def is_of(device: int, inode: int, link: str) -> bool:
+            status = os.stat_result((0o100600, inode, device, 1, 0, 0, 0, 0, 0,
+                                     0))
+            return Mapping.parse('7f10-7f20 rw-s 00000000 00:1b 42 /tmp/a b\n'
+                                 ).is_of(status, link)
+
+        device = os.makedev(0, 0x1b)
+        self.assertTrue(is_of(device, 42, '/tmp/a b'))
+        self.assertTrue(is_of(device, 42, '/elsewhere'))
+        self.assertTrue(is_of(device + 1, 42, '/tmp/a b'))
+        self.assertFalse(is_of(device + 1, 42, '/tmp/b'))
+        self.assertFalse(is_of(device, 43, '/tmp/a b'))
 
 
 class Random(unittest.TestCase):

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of what makes and watches a real guest; none is started."""
 
-import importlib.machinery
-import importlib.util
 import os
 import sys
 import tempfile
@@ -16,21 +14,10 @@ sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 # pylint: disable=wrong-import-position
 from sparseram import realguest                         # noqa: E402
 from sparseram.memory import GIB, MIB, PAGE_SIZE        # noqa: E402
+from sparseram.program import load_program              # noqa: E402
 
 
-def load_script():
-    """tests/rig/real-guest as a module; its name cannot be imported."""
-    sys.dont_write_bytecode = True
-    loader = importlib.machinery.SourceFileLoader(
-        'real_guest', os.path.join(ROOT, 'tests/rig/real-guest'))
-    spec = importlib.util.spec_from_loader('real_guest', loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['real_guest'] = module      # for dataclasses
-    loader.exec_module(module)
-    return module
-
-
-real_guest = load_script()
+real_guest = load_program(os.path.join(ROOT, 'tests/rig/real-guest'))
 
 LINE = ('load: 12 s, 345 written, 6789 checked, 10 freed, 2048 KiB MemFree, '
         '0 errors, end')

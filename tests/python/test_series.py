@@ -3,8 +3,6 @@
 
 import fnmatch
 import glob
-import importlib.machinery
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from types import ModuleType
 from typing import Dict, List
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
@@ -20,6 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
 sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 
 from sparseram.base import BUILD, PATCHES       # noqa: E402
+from sparseram.program import load_program      # noqa: E402
 
 STOCK = os.path.join(BUILD, 'stock-src')
 PATCHED = os.path.join(BUILD, 'patched-src')
@@ -29,17 +27,6 @@ NAME, MAIL = 'Erika Mustermann', 'erika@example.org'
 # Who runs the tests may be unknown to git, and the test must not depend on it.
 WHO = {'GIT_AUTHOR_NAME': NAME, 'GIT_AUTHOR_EMAIL': MAIL,
        'GIT_COMMITTER_NAME': NAME, 'GIT_COMMITTER_EMAIL': MAIL}
-
-
-def load_script(name: str) -> ModuleType:
-    """A program of scripts/ as a module."""
-    loader = importlib.machinery.SourceFileLoader(
-        name.replace('-', '_'), os.path.join(ROOT, 'scripts', name))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 def run(*command: str, cwd: str = ROOT, env: Dict[str, str] = WHO,
@@ -163,7 +150,7 @@ class Series(unittest.TestCase):
 
     def test_dep3(self) -> None:
         """The header that a package wants, in front of the same patch."""
-        dep3 = load_script('dep3')
+        dep3 = load_program(os.path.join(ROOT, 'scripts/dep3'))
         for mail in self.mails[1:]:
             with self.subTest(os.path.basename(mail)):
                 text = dep3.convert(read(mail), 'other, us', 'not-needed')

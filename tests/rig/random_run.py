@@ -21,7 +21,7 @@ from random_case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case, Side,
 from random_model import (DATA, HOLE, MIB, PAGE, THP, ZERO, BlockModel,
                           Content, WrongResult, in_extents, in_units, minus,
                           runs_of, some, union)
-from sparseram import UserError
+from sparseram import UserError, host
 from sparseram.blocks import Block as RamBlock
 from sparseram.blocks import Writer, find_blocks
 from sparseram.guest import GuestError, Qemu
@@ -85,15 +85,6 @@ class Unsupported(Exception):
 
 # What this machine has
 
-def _huge_pages_free() -> int:
-    try:
-        with open('/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages',
-                  encoding='ascii') as file:
-            return int(file.read())
-    except OSError:
-        return 0
-
-
 def _direct_io_works(directory: str) -> bool:
     try:
         fd = os.open(f'{directory}/direct-io',
@@ -104,19 +95,22 @@ def _direct_io_works(directory: str) -> bool:
     return True
 
 
-def _userfaultfd_works() -> bool:
-    return os.geteuid() == 0 or os.access('/dev/userfaultfd',
-                                          os.R_OK | os.W_OK)
+def _require(case: Case, directory: str, stack: ExitStack) -> None:
+    """Raise Unsupported if something is missing.
 
-
-def _require(case: Case, directory: str) -> None:
-    """Raise Unsupported if something is missing."""
-    # More than one case needs; others may be running
+    stack: of what is to be undone when the case is over
+    """
     if any('hugetlb' in side.backend for block in case.blocks
            for side in (block.source, block.destination)) \
-            and _huge_pages_free() < 64:
+            and stack.enter_context(host.locked_huge_pages()) < 64:
         raise Unsupported('fewer than 64 free huge pages of 2 MiB '
                           '(sysctl vm.nr_hugepages)')
+    # With some room for what is around a block
+    needed = sum((block.size + 1) * MIB for block in case.blocks
+                 for side in (block.source, block.destination)
+                 if side.backend.startswith('shm'))
+    if needed and host.free_shm() < needed:
+        raise Unsupported(f'less than {needed // MIB} MiB free in {host.SHM}')
     if case.source.parameters.get('direct-io') and \
             not _direct_io_works(directory):
         raise Unsupported(f'no O_DIRECT in {os.path.dirname(directory)} '
@@ -127,9 +121,8 @@ def _require(case: Case, directory: str) -> None:
         raise Unsupported(f'no more than {_LOCKED // MIB} MiB of memory can '
                           'be locked (ulimit -l)')
     if (case.postcopy or case.mode == 'background-snapshot') and \
-            not _userfaultfd_works():
-        raise Unsupported('userfaultfd is for root only '
-                          '(sysctl vm.unprivileged_userfaultfd)')
+            not host.userfaultfd_works():
+        raise Unsupported(host.NO_USERFAULTFD)
 
 
 _PR_SET_THP_DISABLE = 41
@@ -853,7 +846,7 @@ def _run(case: Case, setup: Setup) -> None:
     with ExitStack() as stack:
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix='random-'))
-        _require(case, directory)
+        _require(case, directory, stack)
         source = Machine('source', case, case.source, setup, directory)
         destination = Machine('destination', case, case.destination, setup,
                               directory)

@@ -119,6 +119,7 @@ static int limited_hugetlbfs(unsigned pages)
         { "min_size", g_strdup_printf("%" PRIu64, pages * HUGETLB_PAGE_SIZE) },
     };
 
+    sparse_lock_huge_pages();
     return limited_file("hugetlbfs", options);
 }
 

@@ -81,7 +81,11 @@ void sparse_guests_migrate(const SparseGuests *guests,
     g_autofree char *uri = g_strdup_printf("file:%s/%s", env->tmpfs,
                                            FILE_TEST_FILENAME);
 
-    migrate_ensure_converge(guests->from);
+    if (route->postcopy) {
+        migrate_ensure_postcopy(guests->from);
+    } else {
+        migrate_ensure_converge(guests->from);
+    }
     if (route->file) {
         migrate_qmp(guests->from, guests->to, uri, NULL, "{}");
         wait_for_migration_complete(guests->from);
@@ -96,6 +100,9 @@ void sparse_guests_migrate(const SparseGuests *guests,
         wait_for_migration_complete(guests->from);
     }
     wait_for_migration_complete(guests->to);
+    if (route->postcopy) {
+        check_postcopy(guests->from);
+    }
 }
 
 void sparse_guests_end(SparseGuests *guests)

@@ -419,7 +419,11 @@ static void test_pressure(const void *opaque)
     guest_ram_state_take(&src_before, &src);
 
     set_up(c, from, to);
-    migrate_ensure_converge(from);
+    if (c->postcopy) {
+        migrate_ensure_postcopy(from);
+    } else {
+        migrate_ensure_converge(from);
+    }
     migrate_qmp(from, to, NULL, NULL, "{}");
     if (c->postcopy) {
         qtest_qmp_assert_success(from,
@@ -434,6 +438,9 @@ static void test_pressure(const void *opaque)
     g_test_message("of %" PRIu64 " bytes the destination has used %s",
                    (uint64_t)PRESSURE_LIMIT, peak ? peak : "(unknown)");
     g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
+    if (c->postcopy) {
+        check_postcopy(from);
+    }
     check_sides(&src, &dst, kinds, &src_before);
     migrate_end(from, to, false);
 out:

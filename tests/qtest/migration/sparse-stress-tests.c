@@ -829,6 +829,8 @@ static void test_postcopy_stress(const void *opaque)
     status = migrate_query_status(to);
     g_assert_cmpstr(status, ==, "postcopy-active");
 
+    /* However long the rest takes, some pages are to remain untouched */
+    write_parameter(to, SPARSE_WRITER_TURN, WRITER_TURN_SLOW);
     migrate_set_parameter_int(from, "max-postcopy-bandwidth", 0);
     wait_for_migration_complete(from);
     wait_for_migration_complete(to);

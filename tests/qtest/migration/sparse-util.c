@@ -9,7 +9,9 @@
 #include "qemu/osdep.h"
 
 #include <linux/falloc.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/statvfs.h>
 
 #include "libqtest.h"
 #include "migration/migration-qmp.h"
@@ -18,6 +20,10 @@
 #include "qemu/cutils.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
+
+/* Two guests of PATTERN_SIZE, one file of which begins before its RAM */
+#define SHM_NEEDED_MIB 258
+QEMU_BUILD_BUG_ON(SHM_NEEDED_MIB * MiB < 2 * (PATTERN_SIZE + 1 * MiB));
 
 #ifndef MFD_ALLOW_SEALING
 #define MFD_ALLOW_SEALING 0x0002U
@@ -784,12 +790,57 @@ void migrate_set_multifd(QTestState *from, QTestState *to)
     migrate_set_both_capability(from, to, "multifd");
 }
 
+void migrate_ensure_postcopy(QTestState *from)
+{
+    migrate_set_parameter_int(from, "max-bandwidth", 4 * KiB);
+    migrate_set_parameter_int(from, "downtime-limit", 1);
+}
+
+void check_postcopy(QTestState *from)
+{
+    g_assert_cmpint(read_statistic(from, "postcopy-bytes"), >, 0);
+}
+
+static int huge_pages_lock = -1;
+
+static void unlock_huge_pages(void *opaque)
+{
+    close(huge_pages_lock);
+    huge_pages_lock = -1;
+}
+
+void sparse_lock_huge_pages(void)
+{
+    if (huge_pages_lock >= 0) {
+        return;
+    }
+    huge_pages_lock = open(HUGETLB_SYSFS, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (huge_pages_lock >= 0) {
+        g_test_queue_destroy(unlock_huge_pages, NULL);
+        g_assert_cmpint(RETRY_ON_EINTR(flock(huge_pages_lock, LOCK_EX)),
+                        ==, 0);
+    }
+}
+
 static bool have_huge_pages(uint64_t pages)
 {
     uint64_t free_pages = read_sysfs_number(HUGETLB_SYSFS "free_hugepages");
     uint64_t reserved = read_sysfs_number(HUGETLB_SYSFS "resv_hugepages");
 
     return free_pages >= reserved + pages;
+}
+
+/* Whether it is there, and has room for two guests that are filled */
+static bool have_shm(void)
+{
+    struct statvfs fs;
+
+    if (access("/dev/shm", W_OK) != 0 || statvfs("/dev/shm", &fs) != 0) {
+        return false;
+    }
+    /* A tmpfs of unlimited size has no blocks at all */
+    return fs.f_blocks == 0 ||
+           (uint64_t)fs.f_bavail * fs.f_frsize >= SHM_NEEDED_MIB * MiB;
 }
 
 static bool have_process_memory(void)
@@ -804,14 +855,18 @@ static bool have_process_memory(void)
 
 const char *sparse_backend_skip_reason(SparseBackend backend)
 {
+    if (backend == BACKEND_HUGETLB) {
+        sparse_lock_huge_pages();
+    }
     if (backend == BACKEND_HUGETLB &&
         !have_huge_pages(2 * HUGETLB_SIZE / HUGETLB_PAGE_SIZE)) {
         return "less than 64 free huge pages of 2 MiB "
                "(see /proc/sys/vm/nr_hugepages)";
     }
     if ((is_shm_file(backend) || backend == BACKEND_SHM) &&
-        access("/dev/shm", W_OK) != 0) {
-        return "/dev/shm is not writable";
+        !have_shm()) {
+        return "/dev/shm is not writable, or has less than "
+               stringify(SHM_NEEDED_MIB) " MiB free";
     }
     if ((backend == BACKEND_RAM || backend == BACKEND_MEMFD_PRIVATE) &&
         !have_process_memory()) {

@@ -72,7 +72,17 @@ typedef enum SparseBackend {
     BACKEND_HUGETLB_FILE,       /* the same, on hugetlbfs */
 } SparseBackend;
 
-/* Returns why the backend cannot be had twice on this host, or NULL */
+/*
+ * Until the end of this test, no other program that asks for this lock, as the
+ * tests do, takes huge pages: those that are free now are still free when a
+ * guest wants them.
+ */
+void sparse_lock_huge_pages(void);
+
+/*
+ * Returns why the backend cannot be had twice on this host, or NULL.  Takes the
+ * lock if it has huge pages.
+ */
 const char *sparse_backend_skip_reason(SparseBackend backend);
 
 /* The RAM of one QEMU: a file, or a range of /proc/PID/mem */
@@ -237,6 +247,15 @@ bool migrate_try_capability(QTestState *who, const char *name);
 /* Switch a capability on, on both sides */
 void migrate_set_both_capability(QTestState *from, QTestState *to,
                                  const char *name);
+
+/*
+ * Let precopy be so slow that it cannot be over before postcopy has started,
+ * if there are thousands of holes or some data to send
+ */
+void migrate_ensure_postcopy(QTestState *from);
+
+/* After a migration: postcopy must have sent something */
+void check_postcopy(QTestState *from);
 
 /* Switch multifd on, on both sides, with a good many channels */
 void migrate_set_multifd(QTestState *from, QTestState *to);

@@ -65,11 +65,10 @@ PREEMPT_RECOVER = 'postcopy-preempt: SIGSEGV when recovery is interrupted'
 # state stays "cancelling", although the migration has ended and is cleaned up.
 MULTIFD_CANCEL = 'multifd: source says that it is cancelling for ever'
 
-# How often to look, in seconds, and how many times a thread has to be seen
-# waiting, of how many
+# How often to look, in seconds, and for how long a thread has to be seen
+# waiting, in three looks of four
 _INTERVAL = 0.2
-_LOOKS = 16
-_SEEN = 12
+HANG_SECONDS = 2.4
 
 
 def has_migration_thread(side: Side) -> bool:
@@ -117,15 +116,18 @@ class MultifdWatch(threading.Thread):
     """
 
     def __init__(self, side: Side, channels: int,
-                 destination: Optional[Side] = None):
+                 destination: Optional[Side] = None,
+                 seconds: float = HANG_SECONDS):
         """
         channels: of multifd, without the main one
         destination: of a source
+        seconds: for which it has to wait until it counts as hanging
         """
         super().__init__(daemon=True)
         self._side = side
         self._channels = channels
         self._destination = destination
+        self._seen = round(seconds / _INTERVAL)
         self._over = threading.Event()
         self.found = ''
 
@@ -143,11 +145,11 @@ class MultifdWatch(threading.Thread):
         return ''
 
     def run(self) -> None:
-        looks: Deque[str] = deque(maxlen=_LOOKS)
+        looks: Deque[str] = deque(maxlen=self._seen * 4 // 3)
         while not self._over.wait(_INTERVAL):
             symptom = self._symptom()
             looks.append(symptom)
-            if symptom and looks.count(symptom) >= _SEEN:
+            if symptom and looks.count(symptom) >= self._seen:
                 self.found = symptom
                 self._side.kill()
                 return

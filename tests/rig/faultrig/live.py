@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import List, Set
 
 from sparseram import memory, writer
-from sparseram.memory import GIB, KIB, MIB, PAGE_SIZE
+from sparseram.cli import memory_floor
+from sparseram.memory import KIB, MIB, PAGE_SIZE
 from sparseram.migrate import watched
 
 from . import known
@@ -21,7 +22,7 @@ from .attempt import Attempt, Hang, configure
 from .cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS, TO_DESTINATION,
                     Case, Cut, Dice, Moment)
 from .peek import Expected
-from .run import Job, Result, Tools, run_job
+from .run import Job, Result, Tools, require_userfaultfd, run_job
 from .sides import Side, Snapshot
 from .verdict import check_ended, require
 
@@ -119,8 +120,10 @@ class _Live(Job):
                    value.to_bytes(4, 'little'))
 
     def run(self) -> None:
+        if any(case.how.postcopy for case in self._cases):
+            require_userfaultfd()
         source = self._start('source', False)
-        with watched(self._sides, GIB // 2, _TIMEOUT) as watchdog:
+        with watched(self._sides, memory_floor(), _TIMEOUT) as watchdog:
             source.qmp('cont')
             self._wait_for('source', 'B', 4, watchdog)
             on: Set[str] = set()

@@ -5,16 +5,17 @@ import os
 import random
 import resource
 import tempfile
-import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, Optional, Set, Tuple
 
+from sparseram import host
 from sparseram.cgroup import Cgroup, CgroupUnavailable
+from sparseram.cli import memory_floor
 from sparseram.guest import GuestError
-from sparseram.memory import GIB, PAGE_SIZE
+from sparseram.memory import GIB, MIB, PAGE_SIZE
 from sparseram.migrate import MigrationAborted, watched
 
 from . import known, sides, verdict
@@ -30,7 +31,6 @@ TIMEOUT = 60.0
 
 # Huge pages that a case may use: three QEMUs with 16 MiB each
 _HUGE_PAGES = 24
-_one_with_huge_pages = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Tools:
 
     qemu: the binary.  library: fail-calls.so.
     timeout: seconds for the migrations of a case.
+    hang_seconds: after which a side that waits for multifd counts as hanging.
     sparse: RAM has to stay sparse; not so with a stock QEMU.
     after: is called when a migration has ended, before anything is checked;
     to see that the checks notice.
@@ -47,6 +48,7 @@ class Tools:
     library: str
     extra_args: Tuple[str, ...] = ()
     timeout: float = TIMEOUT
+    hang_seconds: float = known.HANG_SECONDS
     sparse: bool = True
     after: Optional[Callable[[Side, Side, Ending], None]] = None
 
@@ -75,6 +77,12 @@ class Result:
 def _no_core_dumps() -> None:
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+
+
+def require_userfaultfd() -> None:
+    """Raise Unavailable if postcopy cannot work here."""
+    if not host.userfaultfd_works():
+        raise Unavailable(host.NO_USERFAULTFD)
 
 
 class Job:
@@ -152,16 +160,17 @@ class _Run(Job):
     def _check_available(self) -> None:
         case = self._case
         if case.source == 'hugetlb':
-            self._stack.enter_context(_one_with_huge_pages)
-            if sides.free_huge_pages() < _HUGE_PAGES:
+            if self._stack.enter_context(
+                    host.locked_huge_pages()) < _HUGE_PAGES:
                 raise Unavailable(f'{_HUGE_PAGES} free huge pages of 2 MiB '
                                   'are needed (vm.nr_hugepages)')
-        if case.how.postcopy and not os.access('/dev/userfaultfd', os.R_OK):
-            # What QEMU does without it
-            with open('/proc/sys/vm/unprivileged_userfaultfd',
-                      encoding='ascii') as file:
-                if os.geteuid() and file.read().strip() != '1':
-                    raise Unavailable('userfaultfd is not allowed here')
+        # With a second destination
+        if 'shm-file' in (case.source, case.destination) and \
+                host.free_shm() < 3 * case.size:
+            raise Unavailable(f'{3 * case.size // MIB} MiB of room are needed '
+                              f'in {host.SHM}')
+        if case.how.postcopy:
+            require_userfaultfd()
         if case.fault == 'oom':
             try:
                 self._cgroup = self._stack.enter_context(Cgroup(GIB))
@@ -216,7 +225,7 @@ class _Run(Job):
             fails='destination' in case.fails_calls_of, cgroup=self._cgroup)
         if self._cgroup:
             self._cgroup.leave(case.limit)
-        with watched(self._sides, GIB // 2,
+        with watched(self._sides, memory_floor(),
                      self._tools.timeout) as watchdog:
             snapshot = self._snapshot(source)
             was_on = self._migrate(source, destination, snapshot, old,
@@ -283,8 +292,10 @@ class _Run(Job):
         watches = []
         if not how.file and 'multifd' in how.capabilities:
             watches = [
-                known.MultifdWatch(source, how.channels - 1, destination),
-                known.MultifdWatch(destination, how.channels - 1)]
+                known.MultifdWatch(source, how.channels - 1, destination,
+                                   self._tools.hang_seconds),
+                known.MultifdWatch(destination, how.channels - 1,
+                                   seconds=self._tools.hang_seconds)]
         for watch in watches:
             watch.start()
         try:

@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
+from sparseram import host
 from sparseram.cgroup import Cgroup
-from sparseram.guest import BACKENDS, SHM, Backend, Guest
+from sparseram.guest import BACKENDS, Backend, Guest
+from sparseram.host import SHM
 from sparseram.memory import (MIB, PAGE_SIZE, AnonymousRam, Extent, FileRam,
                               GuestRam, file_extents, merge_extents)
 
@@ -41,17 +43,6 @@ def _backend(kind: str, path: str) -> Backend:
     if kind == 'shared-anonymous':
         return Backend('memory-backend-ram,share=on,merge=off', AnonymousRam)
     return BACKENDS[{'hugetlb': 'memfd-hugetlb'}.get(kind, kind)]
-
-
-def free_huge_pages() -> int:
-    """Huge pages of 2 MiB that nobody has or has reserved."""
-    directory = '/sys/kernel/mm/hugepages/hugepages-2048kB/'
-    try:
-        with open(directory + 'free_hugepages', encoding='ascii') as free, \
-             open(directory + 'resv_hugepages', encoding='ascii') as reserved:
-            return int(free.read()) - int(reserved.read())
-    except OSError:
-        return 0
 
 
 @contextmanager
@@ -326,7 +317,7 @@ def allocation_unit(kind: str) -> int:
         return HUGE_PAGE
     if kind in ('anonymous', 'shared-anonymous') and huge_pages_enabled():
         return HUGE_PAGE
-    return PAGE_SIZE
+    return PAGE_SIZE if kind == 'anonymous' else host.shmem_unit()
 
 
 def allocated(side: Side) -> int:

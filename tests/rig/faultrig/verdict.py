@@ -99,7 +99,9 @@ def most_allocated(snapshot: Snapshot, kind: str, touched: Set[int],
 def check_sparse(snapshot: Snapshot, side: Side, touched: Set[int],
                  old: Layout) -> None:
     """The destination has no more than what has data."""
-    can_free = side.kind in ('memfd', 'shm-file', 'tmpfs', 'shared-anonymous')
+    # Of a transparent huge page, a part cannot always be freed
+    can_free = (side.kind in ('memfd', 'shm-file', 'tmpfs', 'shared-anonymous')
+                and allocation_unit(side.kind) == PAGE_SIZE)
     most = most_allocated(snapshot, side.kind, touched,
                           None if can_free else old)
     if side.kind in ('memfd-private', 'shared-anonymous'):
