@@ -21,6 +21,9 @@ SKIPPED = 'skipped'
 RESULT = re.compile(r'(?P<bad>not )?ok\b\s*(?P<number>\d+)?\s*(?:- )?'
                     r'(?P<name>[^#]*?)\s*(?:#\s*(?P<directive>.*))?$')
 DIRECTIVE = re.compile(r'(skip|todo)\S*\s*(.*)', re.IGNORECASE)
+# What a test program says can be behind what a QEMU has begun to say, which it
+# writes in pieces and to the same file
+BEHIND = re.compile(r'(?:(?:not )?ok \d+ /|Bail out!|1\.\.\d+$).*')
 PLAN = re.compile(r'1\.\.(\d+)\s*(?:#\s*(?:skip\S*\s*)?(.*))?$',
                   re.IGNORECASE)
 
@@ -51,6 +54,9 @@ class Parser:
     def feed(self, line: str) -> Optional[Outcome]:
         """Returns the outcome that the line tells, if it does."""
         line = line.rstrip()
+        if not line.startswith(('#', ' ')):
+            behind = BEHIND.search(line)
+            line = behind[0] if behind else line
         plan = PLAN.match(line)
         if plan:
             self.plan = int(plan[1])

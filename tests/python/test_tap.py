@@ -46,6 +46,17 @@ class Tap(unittest.TestCase):
                          'kill -ABRT $$', ['/a'])
         self.assertEqual(reasons, ['ERROR:x.c:1: assertion failed'])
 
+    def test_behind_what_a_qemu_says(self):
+        """It has begun to, and goes on in the next line."""
+        self.assertEqual(
+            run('echo "qemu-system-x86_64:ok 1 /a"; echo " it was that";'
+                'echo "qemu-system-x86_64: so it isnot ok 2 /b - why";'
+                'echo qemu-system-x86_64:1..2; exit 1'),
+            ([('/a', PASSED), ('/b', FAILED)], ['', 'why']))
+        _, reasons = run('echo "qemu-system-x86_64:Bail out! ERROR:x.c:1";'
+                         'echo " and more"; kill -ABRT $$', ['/a'])
+        self.assertEqual(reasons, ['ERROR:x.c:1'])
+
     def test_hang(self):
         names, reasons = run('echo ok 1 /a; sleep 60', ['/a', '/b'], 5)
         self.assertEqual(names, [('/a', PASSED), ('/b', FAILED)])
