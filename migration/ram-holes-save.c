@@ -71,9 +71,9 @@ static int find_data_hugetlb(RAMBlock *rb, const SparseRange *within,
 #define AHEAD_MIN (64 * KiB)
 
 /*
- * How far to follow data from @offset, in bytes.  That takes time for each page,
- * which is wasted where few pages are dirty, or a page is requested.  So look
- * further only while the search goes on where the last answer ended.
+ * How far to follow data from @offset, in bytes.  That takes time for each
+ * page, which is wasted where few pages are dirty, or a page is requested.  So
+ * look further only while the search goes on where the last answer ended.
  */
 static uint64_t look_ahead(const RAMHoleCache *cache, const RAMBlock *rb,
                            ram_addr_t offset)

@@ -92,10 +92,10 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
  * @within: the part to search
  * @data_max: how much data to follow at most, in bytes, a multiple of the page
  *            size; that takes time for each page, whereas holes cost nothing
- * @data: set to the first extent of data, cut off after @data_max and at the end
- *        of @within; set to an empty range at the end of @within if all of it
- *        is a hole, and to an empty range further in front if the search has
- *        to go on there
+ * @data: set to the first extent of data, cut off after @data_max and at the
+ *        end of @within; set to an empty range at the end of @within if all of
+ *        it is a hole, and to an empty range further in front if the search
+ *        has to go on there
  *
  * Everything between @within->start and @data->start was a hole, and read as
  * zero, when the function was called.  Pages that have been swapped out are

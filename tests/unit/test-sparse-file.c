@@ -168,8 +168,8 @@ static void assert_next_data(int fd, uint64_t from, uint64_t to,
 
     /* Before Linux 6.5, a large hole is looked at piece by piece */
     do {
-        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
-                        0);
+        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data),
+                        ==, 0);
         within.start = data.start;
     } while (sparse_range_is_empty(&data) && data.start < to);
 
@@ -252,8 +252,8 @@ static void test_next_data_not_uptodate(void)
         g_assert_cmphex(data.end, <=, 12 * PAGE);
 
         within.start = 11 * PAGE;
-        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
-                        0);
+        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data),
+                        ==, 0);
         g_assert_cmphex(data.start, ==, 11 * PAGE);
         g_assert_cmphex(data.end, ==, 12 * PAGE);
 
@@ -261,8 +261,8 @@ static void test_next_data_not_uptodate(void)
         write_bytes(fd, 20 * PAGE, 1, 1);
         assert_next_data(fd, 12 * PAGE, size, 20 * PAGE, 21 * PAGE);
         within.start = 0;
-        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
-                        0);
+        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data),
+                        ==, 0);
         g_assert_cmphex(data.start, ==, 7 * PAGE);
     }
     close(fd);
@@ -320,7 +320,8 @@ static void test_next_data_refused(void)
     g_assert_no_errno(pipe(pipes));
     g_assert_cmpint(sparse_file_next_data(pipes[0], &within, UINT64_MAX, &data),
                     ==, -ESPIPE);
-    g_assert_cmpint(sparse_file_next_data(-1, &within, UINT64_MAX, &data), ==, -EBADF);
+    g_assert_cmpint(sparse_file_next_data(-1, &within, UINT64_MAX, &data), ==,
+                    -EBADF);
     close(pipes[0]);
     close(pipes[1]);
 }

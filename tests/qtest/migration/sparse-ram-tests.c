@@ -451,8 +451,8 @@ static void remove_tls_key(void)
 }
 
 /*
- * Write until a later pass.  Returns whether the migration is still going on: on
- * a busy host all may have been sent before the test looks.
+ * Write until a later pass.  Returns whether the migration is still going on:
+ * on a busy host all may have been sent before the test looks.
  */
 static bool rewrite_after_pass(QTestState *from)
 {
@@ -654,7 +654,8 @@ static void test_capability(const void *opaque)
     guest_ram_state_take(&before, &pair.src);
 
     if (!migrate_case(c, pair.from, pair.to)) {
-        g_test_skip("the host is too busy: all was sent before the test looked");
+        g_test_skip("the host is too busy: all was sent before the test "
+                    "looked");
         guest_pair_end(&pair);
         return;
     }
@@ -687,8 +688,8 @@ static void test_capability(const void *opaque)
 }
 
 /*
- * Data first, which takes a second at the least bandwidth, then short holes with
- * a page of data between each two, so that packets of multifd get full.
+ * Data first, which takes a second at the least bandwidth, then short holes
+ * with a page of data between each two, so that packets of multifd get full.
  */
 static uint8_t *short_runs_pattern_new(uint64_t pages)
 {
@@ -731,9 +732,9 @@ static void unblock_main_thread(QTestState *who, const char *fifo)
 }
 
 /*
- * With multifd, data overtakes what is sent by the main channel.  So the guest's
- * write to a page of a run that has been sent must not be sent in the same
- * round, wherever in that round the guest is stopped.
+ * With multifd, data overtakes what is sent by the main channel.  So the
+ * guest's write to a page of a run that has been sent must not be sent in the
+ * same round, wherever in that round the guest is stopped.
  */
 static void migrate_writing_behind_run(void)
 {

@@ -894,8 +894,8 @@ static void add_stress(const StressAccel *accel, StressMode mode,
 }
 
 /*
- * Guest RAM is not the first RAM block, and so not at offset 0 of the dirty bits
- * of TCG.
+ * Guest RAM is not the first RAM block, and so not at offset 0 of the dirty
+ * bits of TCG.
  */
 static void add_second_block(void)
 {

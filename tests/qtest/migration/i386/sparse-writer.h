@@ -33,9 +33,9 @@
 #define SPARSE_WRITER_VERIFY (SPARSE_WRITER_PARAMETERS + 24)
 
 /*
- * Where it is: number of the last write, and of the page, counted from the base,
- * that this goes to.  A guest that is stopped may have written a part of the
- * page; the table below then does not have the number yet.
+ * Where it is: number of the last write, and of the page, counted from the
+ * base, that this goes to.  A guest that is stopped may have written a part of
+ * the page; the table below then does not have the number yet.
  */
 #define SPARSE_WRITER_SEQUENCE (SPARSE_WRITER_PARAMETERS + 28)
 #define SPARSE_WRITER_CURRENT (SPARSE_WRITER_PARAMETERS + 32)
