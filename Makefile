@@ -25,7 +25,7 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/BASE/, "$(BASE)", $$2); \
 		printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "BASE is the QEMU series, one of: $(notdir $(patsubst %/series,%,$(wildcard patches/*/series))) (default: $(file <patches/default))."
+	@echo "BASE is the QEMU series, one of: $(notdir $(patsubst %/suites,%,$(wildcard patches/*/suites))) (default: $(file <patches/default))."
 	@echo "QEMU_SRC=DIR takes the tree of that series in DIR (which is copied, not changed)"
 	@echo "instead of Debian's source package; it is remembered until QEMU_SRC= is said."
 
@@ -135,6 +135,14 @@ plot: qemu stock ## Measure and draw docs/figures/ (PLOT_ARGS=--draw only draws 
 .PHONY: docs
 docs: source ## Build QEMU's manual with this project's pages; a warning is a failure
 	@scripts/build-docs
+
+.PHONY: edit
+edit: source ## Make a git tree with one commit for each patch, to work in: build/BASE/edit
+	@scripts/edit-series
+
+.PHONY: save
+save: ## Write what was done in build/BASE/edit back to patches/ and our files
+	@scripts/save-series
 
 .PHONY: series
 series: source ## Write the series as complete patches, for git am: build/series/

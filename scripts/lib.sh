@@ -37,8 +37,8 @@ known_bases()
 {
     local file
 
-    for file in "$top"/patches/*/series; do
-        file=${file%/series}
+    for file in "$top"/patches/*/suites; do
+        file=${file%/suites}
         printf '%s ' "${file##*/}"
     done
 }
