@@ -144,6 +144,10 @@ edit: source ## Make a git tree with one commit for each patch, to work in: buil
 save: ## Write what was done in build/BASE/edit back to patches/ and our files
 	@scripts/save-series
 
+.PHONY: port
+port: source ## Carry patches/ over to another base, in build/BASE/edit: BASE=NEW
+	@scripts/port-series
+
 .PHONY: series
 series: source ## Write the series as complete patches, for git am: build/series/
 	@scripts/format-series $(FORMAT_PATCH)

@@ -13,10 +13,12 @@
 # patches/ is the series for the base that patches/reference names. Another base
 # has in patches/BASE what differs: a patch of the same name is taken instead of
 # that of patches/; patches/BASE/series says "+NAME" for a patch in front of all
-# others, and "-NAME" for one that is left out.
+# others, "-NAME" for one that is left out, and "=NAME VERSION" from which version
+# of the reference's patch the one that is taken instead was made.
 
 repo=$top/build/git
 reference=$(cat "$top/patches/reference")
+[ "$series" != "$reference" ] || patches=$top/patches
 
 # Where files of ours lie: the same path here and in QEMU's tree.
 own_dirs=(include util migration system tests/unit tests/qtest tests/bench
@@ -94,13 +96,14 @@ patches_of()
 
     [ -f "$root/series" ] || die "$(shown "$root/series") is missing"
     if [ "$of" != "$reference" ] && [ -f "$root/$of/series" ]; then
-        for name in $(lines_of "$root/$of/series"); do
+        while read -r name _; do
             case $name in
             +*) echo "$of/${name#+}" ;;
             -*) left_out+="${name#-} " ;;
-            *) die "$(shown "$root/$of/series"): $name has no + or - in front of it" ;;
+            =*) ;;
+            *) die "$(shown "$root/$of/series"): $name has no +, - or = in front" ;;
             esac
-        done
+        done < <(lines_of "$root/$of/series")
     fi
     for name in $(lines_of "$root/series"); do
         [[ $left_out != *" $name "* ]] || continue
@@ -110,6 +113,26 @@ patches_of()
             echo "$name"
         fi
     done
+}
+
+# version_of PATCH: tells a patch from another, wherever in a file its hunks are.
+version_of()
+{
+    sed 's/^@@ -[0-9,]* +[0-9,]* @@/@@/' "$1" | hash_of | cut -c 1-12
+}
+
+# stale_patches ROOT BASE: what the base has instead of patches that are not what
+# they were when it was made.
+stale_patches()
+{
+    local name version
+
+    [ -f "$1/$2/series" ] || return 0
+    while read -r name version; do
+        [[ $name = =* ]] || continue
+        name=${name#=}
+        [ "$(version_of "$1/$name" 2>/dev/null)" = "$version" ] || echo "$name"
+    done < <(lines_of "$1/$2/series")
 }
 
 # The message of a patch without the names of the files that it completes.
@@ -171,13 +194,14 @@ apply_patch()
     done
 }
 
-# make_commits ROOT OWN: one for each patch, on the base. Sets commits, the first
-# of which is the base, and names, the patches.
+# make_commits ROOT OWN [NAME...]: one for each patch, on the base. Sets commits, the
+# first of which is the base, and names, the patches, all of them if none is given.
 make_commits()
 {
     local name parent=$base
 
-    mapfile -t names < <(patches_of "$1")
+    names=("${@:3}")
+    [ $# -gt 2 ] || mapfile -t names < <(patches_of "$1")
     commits=("$base")
     in_index read-tree "$base"
     for name in "${names[@]}"; do
@@ -185,6 +209,7 @@ make_commits()
         parent=$(message "$1/$name" | run_git stripspace |
                  sign_off | run_git commit-tree -p "$parent" "$(in_index write-tree)")
         commits+=("$parent")
+        [ -z "${made:-}" ] || echo "${name##*/} $parent" >>"$made"
     done
 }
 
@@ -217,11 +242,9 @@ check_strays()
 {
     local file
 
-    for file in "$top"/patches/*.patch "$top/patches/$series"/*.patch; do
+    for file in "$patches"/*.patch; do
         file=${file#"$top/patches/"}
-        [ ! -f "$top/patches/$file" ] ||
-            [[ " ${names[*]} " == *" $file "* ]] ||
-            { [[ $file != */* ]] && [ "$series" != "$reference" ]; } ||
+        [ ! -f "$top/patches/$file" ] || [[ " ${names[*]} " == *" $file "* ]] ||
             die "patches/$file is in no series: remove it, or list it"
     done
 }
@@ -346,15 +369,21 @@ saved_state()
     sed -n 2p "$(saved_file "$1")" 2>/dev/null
 }
 
+# Before what is in the tree is replaced
+check_saved()
+{
+    if [ -n "$(unfinished "$edit")" ] || ! is_clean "$edit" ||
+       [ "$(saved_head "$edit")" != "$(run_edit rev-parse HEAD)" ]; then
+        die "$(shown "$edit") has work that is not saved: make save$(base_option)" \
+            "saves it, and rm -rf $(shown "$edit") discards it"
+    fi
+}
+
 # A clone of the repository, unless there is one that has nothing to be lost.
 open_edit()
 {
     if [ -d "$edit/.git" ]; then
-        if [ -n "$(unfinished "$edit")" ] || ! is_clean "$edit" ||
-           [ "$(saved_head "$edit")" != "$(run_edit rev-parse HEAD)" ]; then
-            die "$(shown "$edit") has work that is not saved: make save$(base_option)" \
-                "saves it, and rm -rf $(shown "$edit") discards it"
-        fi
+        check_saved
         run_edit fetch -q -f origin
         return
     fi
