@@ -91,6 +91,7 @@ class Project(unittest.TestCase):
         self.replace('migration/ram.c', 'int line_20;', 'sparse line_20;',
                      commit='migration/ram: be sparse\n\nBecause it is better.')
         write(f'{self.edit}/tests/unit/test-sparse.c', 'test\n')
+        write(f'{self.edit}/docs/system/sparse.rst', 'text\n')
         self.change('MAINTAINERS', 'M: Erika Mustermann <x@y>\n\nSparse guest RAM\n'
                     'M: The sparse-ram project <qemu-devel@nongnu.org>\n',
                     commit='tests: test it')
@@ -235,6 +236,9 @@ class RoundTrip(Project):
         self.change('util/sparse.c', 'first\nsecond\nthird\n', 'util: grow more')
         trees = self.trees()
         self.save()
+        self.assertRegex(read(f'{self.top}/patches/tests-test-it.patch'),
+                         r'\nCompletes: docs/system/sparse.rst,'
+                         r' tests/unit/test-sparse.c\n---\n(?!(.|\n)*sparse.rst)')
         patches = {name: read(f'{self.top}/patches/{name}.patch')
                    for name in ('util-add-sparse', 'util-grow', 'util-grow-more')}
         self.assertIn('+first\n', patches['util-add-sparse'])
@@ -289,6 +293,7 @@ class RoundTrip(Project):
         """What a change leaves alone is not compiled again."""
         self.script('apply-series')
         src = f'{self.top}/build/9.2/patched-src'
+        os.utime(f'{src}/migration/ram.c', (1, 1))
         before = {name: os.stat(f'{src}/{name}').st_mtime_ns
                   for name in ('migration/ram.c', 'util/sparse.c', 'VERSION')}
         write(f'{self.top}/util/sparse.c', 'other\n')
@@ -402,6 +407,7 @@ class OneSet(Project):
         self.git('cherry-pick', 'base..origin/9.0~1')
         self.replace('migration/ram.c', 'sparse line_20', 'old_sparse line_20')
         self.git('commit', '-q', '-a', '--amend', '--no-edit')
+        self.change('docs/system/sparse.rst', 'text\n')
         self.change('tests/unit/test-sparse.c', 'test\n', 'tests: test it otherwise')
         self.refused('tests-test-it-otherwise is in no patch of 9.2', base='9.0')
         self.git('commit', '-q', '--amend', '-m', 'tests: test it')
