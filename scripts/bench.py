@@ -19,7 +19,7 @@ import argparse
 import json
 import mmap
 import os
-import platform
+import re
 import sys
 import tempfile
 import textwrap
@@ -33,14 +33,17 @@ from sparseram.cli import (add_qemu_arguments, check_binaries,
                            guest_size, memory_floor, run_main, say)
 from sparseram.guest import GuestError, import_qemu, pick_accelerator
 from sparseram.host import SHM
-from sparseram.memory import GIB, MIB, SMALLEST
+from sparseram.memory import GIB, MIB, PAGE_SIZE, SMALLEST
 from sparseram.migrate import MigrationFailed
 from sparseram.operation import MeasureConfig, Measurement, measure
-from sparseram.rows import (ALL, FULL, GROWTH, IDLE, SCATTERED, SPARSE_RAM,
-                            SPEED, Row, Variant, select)
+from sparseram.rows import (ALL, FULL, GROUPS, HARMLESS, IDLE, SCATTERED,
+                            SPEED, Row, Variant, select, shrunk)
 from sparseram.summary import RowResult
 
 OUTPUT = os.path.join(ROOT, 'build/bench')
+
+# What --save writes
+RESULTS = os.path.join(ROOT, 'docs/results')
 
 # --quick: to see that all works, not for figures
 QUICK_SIZE = {IDLE: 512 * MIB, FULL: 256 * MIB}
@@ -48,6 +51,9 @@ SIZE = {IDLE: 8 * GIB, FULL: 4 * GIB}
 RUNS = 5
 
 HUGE_PAGE = 2 * MIB
+
+# Of what is made
+LICENCE = 'SPDX-License-Identifier: GPL-2.0-or-later'
 
 LEGEND = """\
 Medians over the runs. MiB: what was added during the operation; of guest RAM
@@ -58,6 +64,15 @@ second guest has read the file. holes: what query-migrate tells, of what there
 was before. ratio: of the medians. spread: the larger interquartile range of
 the two variants, in percent of the median; a ratio that is closer to 1 than
 this says nothing.\
+"""
+
+HARMLESS_LEGEND = """\
+Each cell: patched / stock, medians. downtime: from the event that the source
+begins to save its devices to the one that the destination has all. load: how
+long the destination reads the file. silent: the longest that the monitor took
+for an answer, asked every 5 ms. Targets: the median of the ratios of runs in
+turns, and its confidence interval by order statistics; missed if all of the
+interval is above the target, undecided if only the median is.\
 """
 
 
@@ -76,7 +91,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--only', metavar='PATTERN', action='append',
                         default=[],
                         help="only the rows whose name matches, e.g. "
-                             "'multifd*' (can be repeated)")
+                             "'multifd*', or one of the groups "
+                             f"{' and '.join(GROUPS)} (can be repeated)")
     parser.add_argument('--runs', type=count, metavar='N',
                         help=f'of every variant (default {RUNS})')
     parser.add_argument('--speed-runs', type=count, metavar='N',
@@ -92,6 +108,8 @@ def parse_args() -> argparse.Namespace:
                         help='small guests, one run: to try it out')
     parser.add_argument('--check', action='store_true',
                         help='fail if a target is missed')
+    parser.add_argument('--save', action='store_true',
+                        help='write the tables to a file in docs/results, too')
     parser.add_argument('--directory', metavar='DIR', default=OUTPUT,
                         help='for the JSON file, and for temporary files as '
                              'large as a guest (default build/bench)')
@@ -188,14 +206,17 @@ class Limits:
         """What is too little for both guests to fill up and every page to go
         to the file; a sentence's beginning, or None if all is well.
         """
-        backends = {variant.backend for variant in row.variants}
+        backends = {backend for variant in row.variants
+                    for backend in variant.backends}
         on_disk = row.operation.file_size(size)
+        if 'disk' in backends:
+            on_disk += 2 * size
         in_memory = 2 * size + (on_disk if self.disk_is_memory else 0)
         if 'memfd-hugetlb' in backends:
             if 2 * size > self.huge_pages:
                 return f'{_mib(self.huge_pages)} of huge pages are free'
             in_memory -= 2 * size
-        if 'shm-file' in backends and 2 * size > self.shm:
+        if backends & {'shm-file', 'reserved'} and 2 * size > self.shm:
             return f'{_mib(self.shm)} are free in {SHM}'
         if in_memory > self.memory:
             return f'{_mib(self.memory)} of memory can be spared'
@@ -212,6 +233,10 @@ def why_not(row: Row, limits: Limits, direct_io: bool) -> Optional[str]:
     """Why a row cannot be measured here, as part of a sentence, or None."""
     if row.needs_direct_io and not direct_io:
         return 'the file system has no O_DIRECT'
+    if row.needs_thp and host.shmem_unit() == PAGE_SIZE:
+        return ("memfds have no huge pages: 'echo advise > "
+                "/sys/kernel/mm/transparent_hugepage/shmem_enabled' gives "
+                'them some')
     for variant in row.variants:
         why = variant.size and memory.check_mappable(variant.size)
         if why:
@@ -232,6 +257,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.rows = select(ALL, args.only)
+        if args.quick:
+            self.rows = [shrunk(row) for row in self.rows]
         self.floor = memory_floor()
         self.accel = args.accel or pick_accelerator()
         self.results: List[RowResult] = []
@@ -270,7 +297,8 @@ class Bench:
         result = RowResult(row, size, wanted,
                            skipped=why_not(row, limits, self.direct_io))
         if not result.skipped:
-            runs = (self.args.speed_runs if row in SPEED + SCATTERED
+            runs = (self.args.speed_runs
+                    if row in SPEED + SCATTERED + HARMLESS
                     else self.args.runs)
             for number in range(runs):
                 self.measure_both(result, number)
@@ -291,7 +319,7 @@ class Bench:
             self.versions[variant.qemu] = measured.version
             say(f'  {variant.label} {number + 1}: '
                 f'{measured.times.total:.3f} s, '
-                f'source +{measured.source.ram / MIB:.1f} MiB')
+                f'source {measured.source.ram / MIB:+.1f} MiB')
             if measured.differing_pages:
                 result.failures[variant.label] = (
                     f'{measured.differing_pages} pages of the two guests\' '
@@ -304,6 +332,7 @@ class Bench:
             binary=getattr(self.args, variant.qemu),
             size=result.size_of(variant),
             directory=self.args.directory, backend=variant.backend,
+            destination=variant.destination,
             fill=None if variant.scattered else result.row.fill,
             scatter=result.size if variant.scattered else None,
             capabilities=variant.capabilities,
@@ -351,25 +380,26 @@ def headline(bench: Bench) -> str:
     versions = ', '.join(f'{name} QEMU {version}'
                          for name, version in sorted(bench.versions.items()))
     environment = bench.environment
-    text = (f'{versions}; Linux {platform.release()}, '
-            f'{environment["cpus"]} CPUs, '
-            f'{environment["memory_total"] / GIB:.0f} GiB of memory, '
-            f'{bench.accel}, files on {environment["file_system"]}, shmem '
-            f'huge pages: {environment["shmem_thp"]}.')
+    text = (f'{report.origin()} {versions}; {bench.accel}, files on '
+            f'{environment["file_system"]}, shmem huge pages: '
+            f'{environment["shmem_thp"]}.')
+    if bench.args.quick:
+        text += ' Small guests and one run (--quick): these are no figures.'
     if bench.is_busy:
         text += (' The machine was busy when this began '
                  f'({environment["busy_cpus"]:.1f} CPUs in use): the times '
                  'are not to be trusted.')
-    return textwrap.fill(text, 79)
+    return textwrap.fill(text, 79, break_on_hyphens=False)
 
 
 def print_report(bench: Bench) -> List[summary.Verdict]:
     """The tables; returns the verdicts."""
     measured = [result for result in bench.results if result.runs]
-    growth = [result for result in measured
-              if result.row in GROWTH + SPARSE_RAM]
+    harmless = [result for result in measured if result.row in HARMLESS]
     speed = [result for result in measured
              if result.row in SPEED + SCATTERED]
+    growth = [result for result in measured
+              if result not in harmless + speed]
     verdicts = [verdict for result in measured
                 for verdict in summary.judge(result)]
     parts = [headline(bench)] if bench.versions else []
@@ -377,22 +407,41 @@ def print_report(bench: Bench) -> List[summary.Verdict]:
         parts += ['Growth of an idle guest:', summary.growth_table(growth)]
     if speed:
         parts += ['Time of precopy over tcp:', summary.speed_table(speed)]
+    if harmless:
+        parts += ['Guests that have nothing to gain:',
+                  summary.harmless_table(harmless)]
     if verdicts:
         parts += ['Targets:', summary.targets_table(verdicts)]
-    if measured:
+    if growth or speed:
         parts += [LEGEND]
+    if harmless:
+        parts += [HARMLESS_LEGEND]
     parts += ['\n'.join(textwrap.fill(note, 79, initial_indent='- ',
                                       subsequent_indent='  ')
                         for note in summary.notes(bench.results))]
-    print('\n\n'.join(part for part in parts if part))
+    text = '\n\n'.join(part for part in parts if part)
+    print(text)
+    if bench.args.save:
+        save(text, bench.args.only)
     return verdicts
+
+
+def save(text: str, patterns: Sequence[str]) -> None:
+    """Write the report to a file that is named after what was selected."""
+    words = re.findall(r'[\w-]+', ' '.join(['bench', *patterns]))
+    os.makedirs(RESULTS, exist_ok=True)
+    path = os.path.join(RESULTS, f"{'-'.join(words)}.rst")
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(f'.. {LICENCE}\n\n{text}\n')
+    say(f'The tables are in {os.path.relpath(path)}.')
 
 
 def list_rows(rows: Sequence[Row]) -> None:
     """For --list."""
     print(report.rst_table(('row', 'what', 'compares'), [
         (row.name, row.what,
-         f'{row.subject.label} with {row.baseline.label}') for row in rows]))
+         ' with '.join(variant.label for variant in row.variants[::-1]))
+        for row in rows]))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ memory     what the kernel says about guest RAM, without ever populating it
 blocks     the RAM blocks of any QEMU, one by one: content and pages
 migrate    one migration from start to end: migrate_once(config) -> Result
 report     its results as text
+ping       how long a monitor keeps silent
 operation  anything that reads all of guest RAM: measure() -> Measurement
 rows       what the benchmark measures, and its targets
 summary    its measurements as medians, tables and verdicts

@@ -73,11 +73,14 @@ def pick_accelerator() -> str:
 class Backend:
     """A kind of guest RAM.
 
-    options: of -object, without id and size.
+    options: of -object, without id and size; {file} is the guest's own file.
     find: the RAM of a running process, from its pid and the RAM's size.
+    reserved: whether the guest's own file has all its blocks from the start;
+    None if there is no such file.
     """
     options: str
     find: Callable[[int, int], GuestRam]
+    reserved: Optional[bool] = None
 
 
 _MEMFD = '/memfd:memory-backend-memfd'
@@ -87,10 +90,20 @@ def _find_memfd(pid: int, size: int) -> GuestRam:
     return FileRam(pid, size, _MEMFD)
 
 
+def _find_file(pid: int, size: int) -> GuestRam:
+    return FileRam(pid, size, '/')      # the one of that size
+
+
 BACKENDS = {
     'memfd': Backend('memory-backend-memfd,share=on', _find_memfd),
+    'memfd-prealloc': Backend('memory-backend-memfd,share=on,prealloc=on',
+                              _find_memfd),
     'memfd-hugetlb': Backend(
         'memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M',
+        _find_memfd),
+    # As large as nobody has huge pages, if it stays sparse
+    'memfd-hugetlb-unreserved': Backend(
+        'memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M,reserve=off',
         _find_memfd),
     # reserve=off here and below: as for a shared memfd, no memory is set
     # aside for the holes
@@ -101,6 +114,11 @@ BACKENDS = {
     'shm-file': Backend(
         f'memory-backend-file,share=on,mem-path={SHM}',
         lambda pid, size: FileRam(pid, size, f'{SHM}/qemu_back_mem.')),
+    # On /dev/shm, by fallocate(), before QEMU starts
+    'reserved': Backend('memory-backend-file,share=on,mem-path={file}',
+                        _find_file, reserved=True),
+    'disk': Backend('memory-backend-file,share=on,mem-path={file}',
+                    _find_file, reserved=False),
     # merge=off: see AnonymousRam
     'anonymous': Backend('memory-backend-ram,reserve=off,merge=off',
                          AnonymousRam)}
@@ -240,6 +258,18 @@ class Qemu:
         """State of the migration, as query-migrate returns it."""
         return self.qmp('query-migrate')
 
+    def migration_times(self) -> Dict[str, float]:
+        """When the migration got into each of its states, by their names; in
+        seconds since the Epoch.
+
+        Of those since it was asked last; with the capability "events".
+        """
+        return {event['data']['status']:
+                event['timestamp']['seconds'] +
+                event['timestamp']['microseconds'] / 1e6
+                for event in self._vm.get_qmp_events()
+                if event['event'] == 'MIGRATION'}
+
     def status(self) -> str:
         """Run state: 'running', 'paused', 'postmigrate', ..."""
         return self.qmp('query-status')['status']
@@ -268,19 +298,21 @@ class Guest(Qemu):
     def __init__(self, name: str, binary: str, size: int, *,
                  backend: str = 'memfd', accel: str = 'tcg',
                  paused: bool = False, incoming: bool = False,
-                 extra_args: Sequence[str] = (),
+                 ram_file: str = '', extra_args: Sequence[str] = (),
                  cgroup: Optional[Cgroup] = None):
         """
         size: of guest RAM, in bytes
         backend: one of BACKENDS
         paused: do not start the virtual CPUs (-S)
         incoming: wait for a migration (-incoming defer)
+        ram_file: the guest's own file, for a backend that has one
         extra_args: for QEMU's command line, after all others
         cgroup: for the process to start in
         """
+        options = BACKENDS[backend].options.format(file=ram_file)
         super().__init__(name, binary, [
             '-nodefaults', '-no-user-config',
-            '-object', f'{BACKENDS[backend].options},id={_RAM_ID},size={size}',
+            '-object', f'{options},id={_RAM_ID},size={size}',
             '-machine', f'q35,memory-backend={_RAM_ID},accel={accel}',
             '-smp', '4',
             *_cpu(accel, size),

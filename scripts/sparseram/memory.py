@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the kernel says about guest RAM.
 
-Nothing here maps guest RAM: a load from a mapped hole of a shared file
+Nothing here reads mapped guest RAM: a load from a mapped hole of a shared file
 allocates a page, and the measurement would make what it measures.  pread()
 returns zeroes for a hole and allocates nothing.
 
@@ -680,10 +680,21 @@ def _pwrite_pages(fd: int, data: memoryview, offset: int, step: int) -> int:
                for start in range(0, len(data), step * PAGE_SIZE))
 
 
+def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+    """pwrite(), also for hugetlbfs, which knows mappings only."""
+    try:
+        return os.pwrite(fd, data, offset)
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
+    with mmap.mmap(fd, len(data), offset=offset) as area:
+        return area.write(data)
+
+
 def _pwrite_all(fd: int, data: memoryview, offset: int) -> int:
     done = 0
     while done < len(data):
-        written = os.pwrite(fd, data[done:], offset + done)
+        written = _pwrite(fd, data[done:], offset + done)
         if not written:
             raise OSError(errno.EIO, 'guest RAM ends early')
         done += written

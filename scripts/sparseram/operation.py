@@ -6,17 +6,22 @@ the guests, prepares RAM, and looks at what came of it.
 """
 
 import os
+import random
+import socket
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Optional, Protocol, Tuple
+from typing import (Any, Callable, Dict, Iterable, List, Optional, Protocol,
+                    Tuple)
 
 from . import memory
-from .guest import Guest
-from .memory import GIB, PAGE_SIZE, Sample
+from .guest import BACKENDS, Guest
+from .host import SHM
+from .memory import GIB, MIB, PAGE_SIZE, Sample
 from .migrate import (MigrationAborted, MigrationFailed, Watchdog, configure,
                       listen, watched, why_failed)
+from .ping import Pinger
 
 # Seconds between two looks at how far it is
 _POLL_INTERVAL = 0.02
@@ -24,8 +29,12 @@ _POLL_INTERVAL = 0.02
 # No limit that could hide a cost (max-postcopy-bandwidth has none by default)
 _BANDWIDTH = 1 << 40            # bytes per second
 
-# Ticks per second in /proc/PID/stat
-_CLOCK_TICKS = os.sysconf('SC_CLK_TCK')
+# Of the pages that are written to at the switchover, the first one: below it a
+# PC has ROM
+_FIRST_DIRTY = 1 * MIB // PAGE_SIZE
+
+# Commands of qtest that are sent before their answers are read
+_QTEST_BATCH = 256
 
 
 def wait_until(done: Callable[[], bool], watchdog: Watchdog) -> None:
@@ -60,13 +69,17 @@ class Times:
 
     total: as QEMU says it, or else wall.
     wall: on our own clock, from the command until both sides are done.
-    load: on our own clock, until a guest has read the file that was written.
+    load: until a guest has read the file that was written; of a migration
+    file, as the destination's events say it.
     ram: statistics of the source, as query-migrate names them.
+    downtime: from the source's event that it begins to save the devices to the
+    destination's that all is there; with postcopy, as the source says it.
     """
     total: float
     wall: float
     load: Optional[float] = None
     ram: Dict[str, Any] = field(default_factory=dict)
+    downtime: Optional[float] = None
 
 
 class Operation(Protocol):
@@ -107,25 +120,76 @@ def _wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
     return info
 
 
+def _times(session: Session, guest: Guest) -> Dict[str, float]:
+    """When the migration got where; only after it has completed."""
+    times: Dict[str, float] = {}
+
+    def complete() -> bool:
+        guest.status()      # reads events, too
+        times.update(guest.migration_times())
+        return 'completed' in times
+
+    session.wait_until(complete)
+    return times
+
+
+def dirty_pages(size: int, percent: int) -> List[int]:
+    """Numbers of so many pages of RAM, at random, always the same ones."""
+    pages = range(_FIRST_DIRTY, size // PAGE_SIZE)
+    return sorted(random.Random(0).sample(pages, len(pages) * percent // 100))
+
+
+def write_by_qtest(guest: Guest, pages: List[int]) -> None:
+    """Write to pages of a guest that does not run, and let QEMU notice."""
+    with tempfile.TemporaryDirectory(prefix='sparse-ram-') as directory, \
+         socket.socket(socket.AF_UNIX) as connection:
+        path = os.path.join(directory, 'qtest')
+        guest.qmp('chardev-add', id='qtest', backend={
+            'type': 'socket', 'data': {
+                'addr': {'type': 'unix', 'data': {'path': path}},
+                'server': True, 'wait': False}})
+        guest.qmp('object-add', id='qtest-server', chardev='qtest',
+                  **{'qom-type': 'qtest', 'log': '/dev/null'})
+        connection.connect(path)
+        with connection.makefile('rwb') as file:
+            for first in range(0, len(pages), _QTEST_BATCH):
+                batch = pages[first:first + _QTEST_BATCH]
+                file.write(b''.join(
+                    b'write 0x%x 0x8 0x%016x\n' % (page * PAGE_SIZE, ~page
+                                                   & (1 << 64) - 1)
+                    for page in batch))
+                file.flush()
+                for _ in batch:
+                    line = file.readline()
+                    if not line.startswith(b'OK'):
+                        raise MigrationFailed(f'qtest: {line!r}')
+
+
 @dataclass(frozen=True)
 class OverTcp:
     """A migration from the source to the destination, through loopback.
 
     postcopy: switch to postcopy as soon as it has started.
     meanwhile: called once it has started.
+    dirty: percent of the pages to write to just before the switchover, when
+    all have been sent; RAM of at most 2 GiB.  That takes no time that counts.
     """
     capabilities: Tuple[str, ...] = ()
     parameters: Dict[str, Any] = field(default_factory=dict)
     postcopy: bool = False
     meanwhile: Optional[Callable[[Session], None]] = None
+    dirty: int = 0
     loads = True
     must_have_run = False
 
     def run(self, session: Session) -> Times:
         assert session.destination
         for guest in (session.source, session.destination):
-            configure(guest, self.capabilities,
+            configure(guest, (*self.capabilities, 'events'),
                       {'max-bandwidth': _BANDWIDTH, **self.parameters})
+            guest.migration_times()     # forget what was before
+        if self.dirty:
+            configure(session.source, ('pause-before-switchover',), {})
         address = listen(session.destination)
         started = time.monotonic()
         _start(session.source, address)
@@ -133,12 +197,29 @@ class OverTcp:
             self.meanwhile(session)
         if self.postcopy:
             session.source.qmp('migrate-start-postcopy')
+        if self.dirty:
+            self._dirty(session)
         info = _wait_for_migration(session, session.source)
         _wait_for_migration(session, session.destination)
         wall = time.monotonic() - started
         if self.postcopy and not info['ram'].get('postcopy-bytes'):
             raise MigrationFailed('it never switched to postcopy')
-        return Times(info['total-time'] / 1000, wall, ram=info['ram'])
+        downtime = info['downtime'] / 1000
+        sent = _times(session, session.source)
+        received = _times(session, session.destination)
+        if 'device' in sent and not self.postcopy:
+            downtime = received['completed'] - sent['device']
+        paused = (sent['device'] - sent['pre-switchover'] if self.dirty
+                  else 0.0)
+        return Times(info['total-time'] / 1000 - paused, wall - paused,
+                     ram=info['ram'], downtime=downtime)
+
+    def _dirty(self, session: Session) -> None:
+        source = session.source
+        session.wait_until(
+            lambda: source.query_migrate()['status'] == 'pre-switchover')
+        write_by_qtest(source, dirty_pages(source.ram.size, self.dirty))
+        source.qmp('migrate-continue', state='pre-switchover')
 
     def file_size(self, _: int) -> int:
         return 0
@@ -166,7 +247,8 @@ class ToFile:
         assert session.destination
         parameters = {'max-bandwidth': _BANDWIDTH, **self.parameters}
         configure(session.source, self.capabilities + self.saving, parameters)
-        configure(session.destination, self.capabilities, parameters)
+        configure(session.destination, (*self.capabilities, 'events'),
+                  parameters)
         path = os.path.join(session.directory, 'state')
         save, load = (('exec:cat >', 'exec:cat ') if self.piped
                       else ('file:', 'file:'))
@@ -175,10 +257,12 @@ class ToFile:
         _start(session.source, save + path)
         info = _wait_for_migration(session, session.source)
         saved = time.monotonic()
+        session.destination.migration_times()   # forget what was before
         session.destination.qmp('migrate-incoming', uri=load + path)
         _wait_for_migration(session, session.destination)
+        loaded = _times(session, session.destination)
         return Times(info['total-time'] / 1000, saved - started,
-                     time.monotonic() - saved, info['ram'])
+                     loaded['completed'] - min(loaded.values()), info['ram'])
 
     def file_size(self, size: int) -> int:
         # With every page sent as data, which is what mapped-ram may come to
@@ -281,6 +365,7 @@ class DirtyRate:
 class MeasureConfig:
     """What to measure.  Sizes in bytes.
 
+    destination: the destination's backend, if it has another one.
     fill: None for an idle guest, or n for data in every n-th page.
     scatter: how much data to spread over RAM, see memory.scatter().
     capabilities: those of the operation come on top.
@@ -292,6 +377,7 @@ class MeasureConfig:
     size: int
     directory: str
     backend: str = 'memfd'
+    destination: Optional[str] = None
     fill: Optional[int] = None
     scatter: Optional[int] = None
     capabilities: Tuple[str, ...] = ()
@@ -329,11 +415,13 @@ class Growth:
     process's anonymous memory.
     page_tables: bytes.  cpu: seconds of processor time.
     rss_peak: bytes that were resident at most, over those before.
+    silence: seconds that the monitor took for an answer, at most.
     """
     ram: int
     page_tables: int
     cpu: float
     rss_peak: int
+    silence: float = 0.0
 
 
 def ram_growth(before: Sample, after: Sample) -> int:
@@ -344,29 +432,32 @@ def ram_growth(before: Sample, after: Sample) -> int:
 
 
 def cpu_time(pid: int) -> float:
-    """Seconds of processor time that a process has used so far."""
-    with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
-        # After the name, which may hold anything, comes field 3
-        fields = file.read().rpartition(')')[2].split()
-    return (int(fields[14 - 3]) + int(fields[15 - 3])) / _CLOCK_TICKS
+    """Seconds of processor time that a process has used so far.
+
+    Not those of /proc/PID/stat, which come in ticks.
+    """
+    # As clock_getcpuclockid(3) makes it
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 class _Meter:
     """Remembers how a guest was, tells how it has grown."""
 
-    def __init__(self, guest: Guest):
+    def __init__(self, guest: Guest, pinger: Pinger):
         self._guest = guest
+        self._pinger = pinger
         memory.reset_rss_peak(guest.pid)
         self._before = guest.sample()
         self._cpu = cpu_time(guest.pid)
 
     def growth(self) -> Growth:
-        """Since this was made."""
+        """Since this was made.  The pinger has to have ended."""
         after = self._guest.sample()
         return Growth(ram_growth(self._before, after),
                       after.page_tables - self._before.page_tables,
                       cpu_time(self._guest.pid) - self._cpu,
-                      after.rss_peak - self._before.rss)
+                      after.rss_peak - self._before.rss,
+                      self._pinger.longest)
 
 
 def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
@@ -377,24 +468,49 @@ def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
     return (ram.size - allocated) // PAGE_SIZE
 
 
+def ram_file(stack: ExitStack, backend: str, size: int,
+              directory: str) -> str:
+    """A guest's own file for its RAM, if the backend wants one; its name.
+
+    directory: for a file that is not to be memory.
+    """
+    reserved = BACKENDS[backend].reserved
+    if reserved is None:
+        return ''
+    file = stack.enter_context(tempfile.NamedTemporaryFile(
+        prefix='sparse-ram-', dir=SHM if reserved else directory))
+    if reserved:
+        os.posix_fallocate(file.fileno(), 0, size)
+    os.truncate(file.name, size)
+    return file.name
+
+
 def measure(operation: Operation, config: MeasureConfig) -> Measurement:
     """Start a stopped guest, prepare its RAM, do it, measure, end it all.
 
     Raises MigrationFailed or GuestError; nothing is left behind then either.
     """
-    def guest(name: str, **more: Any) -> Guest:
-        return Guest(name, config.binary, config.size, backend=config.backend,
-                     accel=config.accel, paused=True,
-                     extra_args=config.extra_args, **more)
-
     with ExitStack() as stack:
         # Entered first, removed last: no guest writes there any more
         directory = stack.enter_context(tempfile.TemporaryDirectory(
             prefix='tmp-', dir=config.directory))
-        guests = [stack.enter_context(guest('source'))]
+        # The name of a socket must not be long
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(
+            prefix='sparse-ram-'))
+
+        def guest(name: str, backend: str, incoming: bool = False) -> Guest:
+            return stack.enter_context(Guest(
+                name, config.binary, config.size, backend=backend,
+                accel=config.accel, paused=True, incoming=incoming,
+                ram_file=ram_file(stack, backend, config.size, directory),
+                extra_args=(
+                    '-qmp', f'unix:{sockets}/{name},server=on,wait=off',
+                    *config.extra_args)))
+
+        guests = [guest('source', config.backend)]
         if operation.loads:
-            guests += [stack.enter_context(guest('destination',
-                                                 incoming=True))]
+            guests += [guest('destination',
+                             config.destination or config.backend, True)]
         watchdog = stack.enter_context(
             watched(guests, config.memory_floor, config.timeout))
         if operation.must_have_run:
@@ -407,10 +523,12 @@ def measure(operation: Operation, config: MeasureConfig) -> Measurement:
         for each in guests:
             configure(each, config.capabilities, {})
         expected = count_holes(guests[0].ram, config.backend)
-        meters = [_Meter(each) for each in guests]
-        times = operation.run(Session(
-            guests[0], guests[1] if operation.loads else None, watchdog,
-            directory))
+        with ExitStack() as pinging:
+            meters = [_Meter(each, pinging.enter_context(
+                Pinger(os.path.join(sockets, each.name)))) for each in guests]
+            times = operation.run(Session(
+                guests[0], guests[1] if operation.loads else None, watchdog,
+                directory))
         growths = [meter.growth() for meter in meters]
         measured = Measurement(
             version=guests[0].version(), times=times,

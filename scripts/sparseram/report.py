@@ -4,11 +4,14 @@
 import json
 import os
 import platform
+import subprocess
 import textwrap
+import time
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Sequence
 
 from . import memory
+from .base import ROOT
 from .memory import MIB, format_size
 from .migrate import Pressure, Result
 
@@ -102,6 +105,35 @@ def pressure_table(pressures: Dict[str, Pressure]) -> str:
     return rst_table(header, rows)
 
 
+def processor() -> str:
+    """What the processor calls itself."""
+    with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as lines:
+        for line in lines:
+            name, _, value = line.partition(':')
+            if name.strip() == 'model name':
+                return value.strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """This project's commit, short, with "-dirty" if files are changed."""
+    try:
+        return subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--exclude=*'],
+            cwd=ROOT, check=True, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'
+
+
+def origin() -> str:
+    """Where and when figures come from, for their head; a sentence."""
+    return (f'{processor()}, {len(os.sched_getaffinity(0))} CPUs, '
+            f'{memory.total() / memory.GIB:.0f} GiB of memory, Linux '
+            f'{platform.release()}; commit {commit()}, '
+            f'{time.strftime("%Y-%m-%d", time.gmtime())}.')
+
+
 def machine() -> Dict[str, Any]:
     """What the measurements depend on, apart from QEMU."""
     def read(path: str) -> Optional[str]:
@@ -118,6 +150,7 @@ def machine() -> Dict[str, Any]:
 
     return {'kernel': platform.release(),
             'architecture': platform.machine(),
+            'processor': processor(),
             'cpus': len(os.sched_getaffinity(0)),
             'memory_total': memory.total(),
             'page_size': memory.PAGE_SIZE,

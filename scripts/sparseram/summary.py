@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Measurements of the benchmark as medians, tables and verdicts."""
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
+                    Tuple)
 
 from .memory import MIB, format_size
 from .operation import Measurement
 from .report import rst_table
-from .rows import AtMost, HolesAreRight, RatioAtMost, Row, Variant
+from .rows import (AtMost, HolesAreRight, PairedRatioAtMost, RatioAtMost, Row,
+                   Variant)
 
 Metric = Callable[[Measurement], Optional[float]]
 
@@ -35,11 +38,17 @@ METRICS: Dict[str, Metric] = {
     'total_time': lambda m: m.times.total,
     'wall_time': lambda m: m.times.wall,
     'load_time': lambda m: m.times.load,
+    'downtime': lambda m: m.times.downtime,
     'cpu_time': _cpu_time,
+    'source_cpu': lambda m: m.source.cpu,
+    'destination_cpu': _of_destination('cpu'),
+    'source_silence': lambda m: m.source.silence,
+    'destination_silence': _of_destination('silence'),
     'expected_holes': lambda m: m.expected_holes,
     'holes': lambda m: m.holes}
 
-_TIMES = ('total_time', 'wall_time', 'load_time', 'cpu_time')
+_TIMES = ('total_time', 'wall_time', 'load_time', 'downtime', 'cpu_time',
+          'source_cpu', 'destination_cpu')
 
 _NAMES = {'source_growth': 'source growth',
           'destination_growth': 'destination growth',
@@ -47,10 +56,49 @@ _NAMES = {'source_growth': 'source growth',
           'destination_page_tables': 'destination page tables',
           'source_rss_peak': 'source RSS, highest',
           'destination_rss_peak': 'destination RSS, highest',
-          'total_time': 'total time'}
+          'total_time': 'total time',
+          'load_time': 'load',
+          'downtime': 'downtime',
+          'cpu_time': 'CPU',
+          'destination_cpu': 'destination CPU'}
 
 # Not '-', which is a list in reStructuredText
 NOTHING = 'n/a'
+
+# How sure a confidence interval shall be, if there are enough runs for that
+_CONFIDENCE = 0.95
+
+
+class PairedRatio(NamedTuple):
+    """The median of ratios, and between which values it is with what
+    confidence (as part of 1).
+    """
+    median: float
+    low: float
+    high: float
+    confidence: float
+
+
+def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
+    """A confidence interval of the median: low, high, and the confidence.
+
+    It begins and ends at one of the values, and supposes nothing of how they
+    are distributed: each is as likely above the true median as below it.  With
+    less than six values it is all they span, and the confidence is less than
+    _CONFIDENCE.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+
+    def confidence(left_out: int) -> float:
+        """Of what is between so many values at each end."""
+        outside = sum(math.comb(count, each) for each in range(left_out + 1))
+        return max(0.0, 1 - 2 * outside / 2 ** count)
+
+    left_out = max((each for each in range((count + 1) // 2)
+                    if confidence(each) >= _CONFIDENCE), default=0)
+    return (ordered[left_out], ordered[count - 1 - left_out],
+            confidence(left_out))
 
 
 @dataclass
@@ -86,9 +134,26 @@ class RowResult:
 
     def ratio(self, metric: str) -> Optional[float]:
         """The subject's median over the baseline's, None if there is none."""
+        if not self.row.baseline:
+            return None
         baseline = self.median(self.row.baseline.label, metric)
         subject = self.median(self.row.subject.label, metric)
         return subject / baseline if baseline and subject is not None else None
+
+    def paired(self, metric: str) -> Optional[PairedRatio]:
+        """The subject over the baseline, of runs that followed each other.
+
+        What changes slowly on the machine is the same for both.
+        """
+        pairs = zip(*([METRICS[metric](run)
+                       for run in self.runs.get(variant.label, ())]
+                      for variant in self.row.variants))
+        ratios = [pair[1] / pair[0] for pair in pairs
+                  if len(pair) == 2 and pair[0] and pair[1] is not None]
+        if not ratios:
+            return None
+        return PairedRatio(statistics.median(ratios),
+                           *median_interval(ratios))
 
     def spread(self, metric: str) -> Optional[float]:
         """The larger interquartile range of the two, as part of the median.
@@ -115,7 +180,7 @@ class Verdict:
     """A target, and whether it was reached.
 
     size: bytes of guest RAM.
-    met: None if it was not measured.
+    met: None if it was not measured, or if the noise does not let it be known.
     """
     row: str
     size: int
@@ -127,7 +192,7 @@ class Verdict:
     def word(self) -> str:
         """For people."""
         if self.met is None:
-            return 'not measured'
+            return 'not measured' if self.measured == NOTHING else 'undecided'
         return 'met' if self.met else 'missed'
 
 
@@ -138,6 +203,8 @@ def judge(result: RowResult) -> List[Verdict]:
 
 def _judge(result: RowResult, target: object) -> Verdict:
     met: Optional[bool]
+    compared = ' over '.join(variant.label
+                             for variant in result.row.variants[::-1])
     if isinstance(target, AtMost):
         is_time = target.metric in _TIMES
         limit = (f'{target.limit:g} s' if is_time
@@ -150,11 +217,19 @@ def _judge(result: RowResult, target: object) -> Verdict:
                                      value == target.limit
                                      and not target.strict)
     elif isinstance(target, RatioAtMost):
-        text = (f'{_NAMES[target.metric]}, {result.row.subject.label} over '
-                f'{result.row.baseline.label} <= {target.limit:.2f}')
+        text = f'{_NAMES[target.metric]}, {compared} <= {target.limit:.2f}'
         value = result.ratio(target.metric)
         measured = _ratio(value)
         met = value is not None and value <= target.limit
+    elif isinstance(target, PairedRatioAtMost):
+        text = f'{_NAMES[target.metric]}, {compared} <= {target.limit:.2f}'
+        paired = result.paired(target.metric)
+        value = paired and paired.median
+        measured = _paired(paired)
+        met = None
+        if paired and paired.confidence:
+            met = (True if paired.median <= target.limit else
+                   False if paired.low > target.limit else None)
     elif isinstance(target, HolesAreRight):
         text = 'holes = the holes there were'
         label = result.row.subject.label
@@ -182,6 +257,15 @@ def _seconds(value: Optional[float]) -> str:
 
 def _ratio(value: Optional[float]) -> str:
     return NOTHING if value is None else f'{value:.3f}'
+
+
+def _paired(value: Optional[PairedRatio]) -> str:
+    if value is None:
+        return NOTHING
+    if not value.confidence:
+        return f'{value.median:.3f} (of one pair)'
+    return (f'{value.median:.3f} ({value.low:.3f} to {value.high:.3f}, '
+            f'{value.confidence * 100:.0f} %)')
 
 
 def _percent(value: Optional[float]) -> str:
@@ -248,6 +332,37 @@ def _speed_line(result: RowResult) -> List[str]:
                     for label in (baseline, subject)))]
 
 
+def harmless_table(results: Sequence[RowResult]) -> str:
+    """One line a row that has two variants; patched / stock in each cell."""
+    header = ('row', 'what', 'guest RAM', 'total, s', 'source CPU, s',
+              'dest. CPU, s', 'downtime, ms', 'load, ms', 'source, MiB',
+              'dest., MiB', 'source silent, ms', 'dest. silent, ms', 'runs')
+    return rst_table(header, [_harmless_line(result) for result in results])
+
+
+def _milliseconds(digits: int) -> Callable[[Optional[float]], str]:
+    return lambda value: (NOTHING if value is None
+                          else f'{value * 1000:.{digits}f}')
+
+
+def _harmless_line(result: RowResult) -> List[str]:
+    labels = [variant.label for variant in result.row.variants[::-1]]
+
+    def both(metric: str, text: Callable[[Optional[float]], str]) -> str:
+        return ' / '.join(text(result.median(label, metric))
+                          for label in labels)
+
+    return [result.row.name, result.row.what, format_size(result.size),
+            both('total_time', _seconds), both('source_cpu', _seconds),
+            both('destination_cpu', _seconds),
+            both('downtime', _milliseconds(2)),
+            both('load_time', _milliseconds(1)),
+            both('source_growth', _mib), both('destination_growth', _mib),
+            both('source_silence', _milliseconds(1)),
+            both('destination_silence', _milliseconds(1)),
+            str(min(len(result.runs.get(label, ())) for label in labels))]
+
+
 def targets_table(verdicts: Sequence[Verdict]) -> str:
     """One line a target."""
     return rst_table(('row', 'guest RAM', 'target', 'measured', 'verdict'),
@@ -263,7 +378,8 @@ def notes(results: Sequence[RowResult]) -> List[str]:
         name = result.row.name
         if result.skipped:
             said.append(f'{name}: skipped, {result.skipped}.')
-        elif result.size < result.wanted:
+        elif (result.size < result.wanted
+              and not all(variant.size for variant in result.row.variants)):
             said.append(f'{name}: {format_size(result.size)} instead of '
                         f'{format_size(result.wanted)}, {_smaller(result)}.')
         said += [f'{name}: {label} FAILED, {failure}'
@@ -291,7 +407,8 @@ def as_dict(result: RowResult) -> Dict[str, Any]:
                       **vars(row.operation)},
         'fill': row.fill, 'size': result.size, 'wanted_size': result.wanted,
         'skipped': result.skipped, 'failures': result.failures,
-        'baseline': asdict(row.baseline), 'subject': asdict(row.subject),
+        'baseline': row.baseline and asdict(row.baseline),
+        'subject': asdict(row.subject),
         'runs': {label: [{**asdict(run),
                           'metrics': {name: metric(run)
                                       for name, metric in METRICS.items()}}
@@ -300,6 +417,9 @@ def as_dict(result: RowResult) -> Dict[str, Any]:
         'medians': {label: {name: result.median(label, name)
                             for name in METRICS} for label in result.runs},
         'ratios': {name: result.ratio(name) for name in _TIMES},
+        'paired_ratios': {name: paired and paired._asdict()
+                          for name, paired in ((name, result.paired(name))
+                                               for name in _TIMES)},
         'spreads': {name: result.spread(name) for name in _TIMES},
         'targets': [{'kind': type(target).__name__, **vars(target),
                      'target': verdict.target, 'measured': verdict.measured,

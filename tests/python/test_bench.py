@@ -4,12 +4,16 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import mmap
 import os
+import socket
 import sys
 import tempfile
+import threading
+import time
 import unittest
 from dataclasses import replace
 from unittest import mock
@@ -19,23 +23,26 @@ sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 
 # pylint: disable=wrong-import-position
 import bench                                            # noqa: E402
-from sparseram import memory, operation, rows, summary  # noqa: E402
-from sparseram.guest import BACKENDS                    # noqa: E402
+from sparseram import (memory, operation, ping, report, rows,    # noqa: E402
+                       summary)
+from sparseram.guest import BACKENDS, Guest             # noqa: E402
 from sparseram.memory import GIB, MIB, PAGE_SIZE        # noqa: E402
 from sparseram.migrate import MigrationFailed           # noqa: E402
 from sparseram.operation import Growth, Measurement, Times   # noqa: E402
-from sparseram.rows import AtMost, HolesAreRight, RatioAtMost   # noqa: E402
+from sparseram.rows import (AtMost, HolesAreRight,      # noqa: E402
+                            PairedRatioAtMost, RatioAtMost)
 from sparseram.summary import RowResult                 # noqa: E402
 
 
 def measurement(total=1.0, source=0, destination=0, holes=None, expected=5,
-                differing=0) -> Measurement:
+                differing=0, downtime=0.1) -> Measurement:
     """destination: growth of its RAM in bytes, or None for no such guest."""
     return Measurement(
-        version='10.0.13', times=Times(total, total, ram={'duplicate': 5}),
-        source=Growth(source, 4096, 0.5, 2 * MIB),
+        version='10.0.13', times=Times(total, total, ram={'duplicate': 5},
+                                       downtime=downtime),
+        source=Growth(source, 4096, 0.5, 2 * MIB, 0.002),
         destination=(None if destination is None
-                     else Growth(destination, 8192, 0.25, 3 * MIB)),
+                     else Growth(destination, 8192, 0.25, 3 * MIB, 0.25)),
         expected_holes=expected, holes=holes, differing_pages=differing)
 
 
@@ -106,6 +113,21 @@ class Fill(unittest.TestCase):
              self.assertRaises(OSError):
             memory.fill(self.ram.ram)
 
+    def test_a_file_that_only_a_mapping_can_write(self):
+        # hugetlbfs
+        with mock.patch.object(os, 'pwrite', side_effect=OSError(
+                errno.EINVAL, 'Invalid argument')):
+            self.assertEqual(memory.fill(self.ram.ram), self.SIZE)
+        other = Ram(self, self.SIZE)
+        memory.fill(other.ram)
+        self.assertTrue(memory.compare(self.ram.ram, other.ram).identical)
+
+    def test_another_error_is_one(self):
+        with mock.patch.object(os, 'pwrite', side_effect=OSError(
+                errno.ENOSPC, 'No space left')), \
+             self.assertRaises(OSError):
+            memory.fill(self.ram.ram)
+
     def test_nothing_beyond_the_end(self):
         memory.fill(self.ram.ram)
         self.assertEqual(os.fstat(self.ram.fd).st_size, self.SIZE)
@@ -147,6 +169,76 @@ class Scatter(unittest.TestCase):
         for amount in (0, PAGE_SIZE, self.SIZE + memory.EXTENT):
             with self.assertRaises(ValueError):
                 memory.scatter(ram.ram, amount)
+
+
+class Dirty(unittest.TestCase):
+    def test_so_many_anywhere_but_in_rom(self):
+        for percent, count in ((1, 161), (10, 1612), (50, 8064)):
+            pages = operation.dirty_pages(64 * MIB, percent)
+            self.assertEqual(len(pages), count)
+            self.assertEqual(pages, sorted(set(pages)))
+            self.assertGreaterEqual(pages[0], MIB // PAGE_SIZE)
+            self.assertLess(pages[-1], 64 * MIB // PAGE_SIZE)
+            self.assertEqual(pages, operation.dirty_pages(64 * MIB, percent))
+
+    def test_what_cannot_be_written_is_a_failure(self):
+        guest = mock.Mock()
+
+        def serve(path, answer):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen()
+                ready.set()
+                connection, _ = listener.accept()
+                with connection, connection.makefile('rwb') as file:
+                    said.append(file.readline())
+                    file.write(answer)
+
+        def qmp(command, **arguments):
+            if command == 'chardev-add':
+                ready.clear()
+                path = arguments['backend']['data']['addr']['data']['path']
+                thread = threading.Thread(target=serve, args=(path, answer))
+                thread.start()
+                self.addCleanup(thread.join)
+                ready.wait()
+
+        guest.qmp, ready, said = qmp, threading.Event(), []
+        answer = b'OK\n'
+        operation.write_by_qtest(guest, [5])
+        self.assertEqual(said, [b'write 0x5000 0x8 0xfffffffffffffffa\n'])
+        for answer in (b'FAIL Unknown command\n', b''):
+            with self.assertRaises(MigrationFailed):
+                operation.write_by_qtest(guest, [5])
+
+
+class Events(unittest.TestCase):
+    def test_when_it_got_into_each_state(self):
+        guest = Guest.__new__(Guest)
+        guest._vm = mock.Mock()         # pylint: disable=protected-access
+        guest._vm.get_qmp_events.return_value = [
+            {'event': 'STOP', 'timestamp': {'seconds': 1, 'microseconds': 2}},
+            {'event': 'MIGRATION', 'data': {'status': 'device'},
+             'timestamp': {'seconds': 3, 'microseconds': 250000}},
+            {'event': 'MIGRATION', 'data': {'status': 'completed'},
+             'timestamp': {'seconds': 4, 'microseconds': 0}}]
+        self.assertEqual(guest.migration_times(),
+                         {'device': 3.25, 'completed': 4})
+
+
+class OwnFile(unittest.TestCase):
+    def test_reserved_and_sparse(self):
+        with tempfile.TemporaryDirectory() as directory:
+            for backend, allocated in (('reserved', MIB), ('disk', 0)):
+                with contextlib.ExitStack() as stack:
+                    name = operation.ram_file(stack, backend, MIB, directory)
+                    status = os.stat(name)
+                    self.assertEqual(status.st_size, MIB)
+                    self.assertEqual(status.st_blocks * 512, allocated)
+                self.assertFalse(os.path.exists(name))
+            with contextlib.ExitStack() as stack:
+                self.assertEqual(operation.ram_file(stack, 'memfd', MIB,
+                                                    directory), '')
 
 
 class PrivateRam(unittest.TestCase):
@@ -192,7 +284,90 @@ class PrivateRam(unittest.TestCase):
         self.assertEqual(self.ram.allocated(), before)
 
 
+class Ping(unittest.TestCase):
+    """The longest silence of a monitor, which is a thread here."""
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, 'monitor')
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(self.listener.close)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.asked = []
+
+    def answer(self, delays, events=b''):
+        """Be a monitor that takes so many seconds for each ping in turn, and
+        is gone when it has answered them all; the last one has no end."""
+        def run():
+            connection, _ = self.listener.accept()
+            with connection, connection.makefile('rwb') as file:
+                file.write(b'{"QMP": {}}\n')
+                file.flush()
+                for delay in (0, *delays):
+                    line = file.readline()
+                    if not line:
+                        return
+                    self.asked.append(json.loads(line)['execute'])
+                    time.sleep(delay)
+                    file.write(events + b'{"return": {}}\n')
+                    file.flush()
+                while file.readline():
+                    file.write(b'{"return": {}}\n')
+                    file.flush()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        self.addCleanup(thread.join)
+
+    def test_longest_of_all(self):
+        self.answer((0, 0.2, 0))
+        with ping.Pinger(self.path) as pinger:
+            while len(self.asked) < 4:
+                time.sleep(0.01)
+        self.assertGreaterEqual(pinger.longest, 0.2)
+        self.assertLess(pinger.longest, 5)
+        self.assertEqual(self.asked[:2], ['qmp_capabilities', 'query-status'])
+
+    def test_what_is_under_way_counts(self):
+        self.answer((0, 0.5))
+        with ping.Pinger(self.path) as pinger:
+            while len(self.asked) < 3:
+                time.sleep(0.01)
+            self.assertLess(pinger.longest, 0.5)
+        self.assertGreaterEqual(pinger.longest, 0.5)
+
+    def test_an_event_is_no_answer(self):
+        self.answer((0.1, 0), b'{"event": "STOP"}\n')
+        with ping.Pinger(self.path) as pinger:
+            while len(self.asked) < 3:
+                time.sleep(0.01)
+        self.assertGreaterEqual(pinger.longest, 0.1)
+        self.assertEqual(set(self.asked[1:]), {'query-status'})
+
+    def test_a_guest_that_is_killed_is_no_error(self):
+        def vanish():
+            connection, _ = self.listener.accept()
+            connection.sendall(b'{"QMP": {}}\n')
+            connection.recv(4096)
+            connection.sendall(b'{"return": {}}\n')
+            connection.recv(4096)
+            connection.close()
+
+        thread = threading.Thread(target=vanish)
+        thread.start()
+        with ping.Pinger(self.path):
+            thread.join()
+
+
 class Process(unittest.TestCase):
+    def test_cpu_time_is_finer_than_a_tick(self):
+        before = operation.cpu_time(os.getpid())
+        while operation.cpu_time(os.getpid()) == before:
+            pass
+        self.assertLess(operation.cpu_time(os.getpid()) - before, 0.005)
+
     def test_cpu_time_grows(self):
         before = operation.cpu_time(os.getpid())
         while operation.cpu_time(os.getpid()) == before:
@@ -229,9 +404,11 @@ class Rows(unittest.TestCase):
     def test_targets_and_backends_exist(self):
         for each in rows.ALL:
             for variant in each.variants:
-                self.assertIn(variant.backend, BACKENDS)
+                for backend in variant.backends:
+                    self.assertIn(backend, BACKENDS)
                 self.assertIn(variant.qemu, ('stock', 'patched'))
-            self.assertNotEqual(each.baseline.label, each.subject.label)
+            self.assertEqual(len({variant.label for variant in each.variants}),
+                             len(each.variants))
             for target in each.targets:
                 if not isinstance(target, HolesAreRight):
                     self.assertIn(target.metric, summary.METRICS)
@@ -247,6 +424,41 @@ class Rows(unittest.TestCase):
                     [target for target in each.targets
                      if getattr(target, 'metric', '').startswith('dest')],
                     each.name)
+
+    def test_harmless_compares_stock_and_patched(self):
+        for each in rows.HARMLESS:
+            self.assertEqual([variant.qemu for variant in each.variants],
+                             ['stock', 'patched'])
+            self.assertEqual({target.limit for target in each.targets}, {1.02})
+            self.assertEqual(replace(each.baseline, label='', qemu=''),
+                             replace(each.subject, label='', qemu=''))
+            # By default, what is left for the downtime is a matter of luck
+            if isinstance(each.operation, operation.OverTcp):
+                self.assertEqual(
+                    each.operation.parameters['downtime-limit'], 0)
+
+    def test_fast_has_a_goal(self):
+        for each in rows.FAST:
+            self.assertEqual([target.metric for target in each.targets
+                              if isinstance(target, AtMost)
+                              and target.metric == 'total_time'],
+                             ['total_time'], each.name)
+            self.assertTrue(each.subject.size, each.name)
+
+    def test_groups_by_name(self):
+        for name, group in (('harmless', rows.HARMLESS), ('fast', rows.FAST)):
+            self.assertEqual(rows.select(rows.ALL, [name]),
+                             [each for each in rows.ALL if each in group])
+        self.assertIn('sparse-ram-1T', [each.name for each in rows.FAST])
+        self.assertEqual(
+            [each.name for each in rows.select(rows.ALL, ['sparse-ram'])],
+            ['sparse-ram'])
+
+    def test_quick_rows_are_small(self):
+        for each in map(rows.shrunk, rows.FAST):
+            if each not in rows.SPARSE_RAM:
+                self.assertLessEqual(each.subject.size, 16 * GIB)
+                self.assertGreaterEqual(each.subject.size, memory.SMALLEST)
 
     def test_the_source_never_fills_a_hole(self):
         for each in rows.GROWTH + rows.SPARSE_RAM:
@@ -279,6 +491,42 @@ class Statistics(unittest.TestCase):
         measured = result([measurement(t) for t in (1, 1, 1)],
                           [measurement(t) for t in (8, 9, 10, 11, 12)])
         self.assertAlmostEqual(measured.spread('total_time'), 0.2)
+
+    def test_metrics_of_both_sides(self):
+        run = measurement()
+        self.assertEqual([summary.METRICS[name](run) for name in (
+            'downtime', 'source_cpu', 'destination_cpu', 'cpu_time',
+            'source_silence', 'destination_silence')],
+            [0.1, 0.5, 0.25, 0.75, 0.002, 0.25])
+
+    def test_interval_of_a_median(self):
+        # Of n values, the median is outside of all with 2 / 2 ** n
+        self.assertEqual(summary.median_interval([3.0, 1.0, 2.0]),
+                         (1.0, 3.0, 0.75))
+        self.assertEqual(summary.median_interval([7.0]), (7.0, 7.0, 0.0))
+        # 1 - 2 * (1 + 11) / 2048; without two at each end it is 0.935
+        low, high, confidence = summary.median_interval(
+            [float(value) for value in range(11)])
+        self.assertEqual((low, high), (1.0, 9.0))
+        self.assertAlmostEqual(confidence, 0.98828, 4)
+
+    def test_ratios_are_of_runs_in_turns(self):
+        # A machine that becomes slower all the time: no change to a ratio
+        measured = result([measurement(t) for t in (1, 2, 30)],
+                          [measurement(t) for t in (1.1, 2, 30)])
+        paired = measured.paired('total_time')
+        self.assertEqual(paired.median, 1)
+        self.assertEqual((paired.low, paired.high), (1, 1.1))
+        self.assertEqual(paired.confidence, 0.75)
+
+    def test_no_ratio_to_nothing(self):
+        measured = result([measurement(downtime=0), measurement(),
+                           measurement(downtime=None)],
+                          [measurement(), measurement(downtime=0.2)])
+        self.assertEqual(measured.paired('downtime').median, 2)
+        self.assertIsNone(result([], []).paired('downtime'))
+        self.assertIsNone(result([measurement(downtime=None)],
+                                 [measurement()]).paired('downtime'))
 
     def test_what_there_is_not(self):
         measured = result([measurement(0)], [measurement(destination=None)])
@@ -330,6 +578,29 @@ class Judge(unittest.TestCase):
             self.assertIs(verdict.met, met)
         self.assertIn('1.030', verdict.measured)
 
+    def test_paired_ratio(self):
+        target = PairedRatioAtMost('downtime', 1.02)
+        stock = [measurement(downtime=0.1)] * 3
+        for patched, word in (((0.1, 0.102, 0.2), 'met'),
+                              ((0.09, 0.2, 0.2), 'undecided'),
+                              ((0.103, 0.104, 0.2), 'missed')):
+            verdict = self.verdict(
+                target, [measurement(downtime=each) for each in patched],
+                stock)
+            self.assertEqual(verdict.word, word, patched)
+        self.assertEqual(verdict.target,
+                         'downtime, patched over stock <= 1.02')
+        self.assertEqual(verdict.measured, '1.040 (1.030 to 2.000, 75 %)')
+        self.assertEqual(self.verdict(target, []).word, 'not measured')
+
+    def test_one_pair_decides_nothing(self):
+        for patched in (0.09, 0.2):
+            verdict = self.verdict(PairedRatioAtMost('downtime', 1.02),
+                                   [measurement(downtime=patched)],
+                                   [measurement()])
+            self.assertEqual(verdict.word, 'undecided')
+        self.assertEqual(verdict.measured, '2.000 (of one pair)')
+
     def test_holes(self):
         target = HolesAreRight()
         for holes, met in ((5, True), (4, False), (6, False), (None, False),
@@ -376,10 +647,34 @@ class Text(unittest.TestCase):
         self.check_table(table, 1)
         self.assertIn('patched over stock', table)
 
+    def test_harmless(self):
+        table = summary.harmless_table([self.result])
+        self.check_table(table, 1)
+        self.assertIn('100.00 / 100.00', table)         # downtime, ms
+        self.assertIn('0.0 / 512.0', table)             # growth, MiB
+        self.assertIn('250.0 / 250.0', table)           # silence, ms
+
+    def test_a_row_with_one_variant(self):
+        single = RowResult(rows.Row('name', 'what', operation.OverTcp(), None,
+                                    rows.Variant('patched', 'patched'),
+                                    targets=(AtMost('total_time', 2),)),
+                           GIB, GIB, {'patched': [measurement()]})
+        self.check_table(summary.growth_table([single]), 1)
+        self.assertIsNone(single.ratio('total_time'))
+        self.assertIsNone(single.paired('total_time'))
+        self.assertEqual(summary.judge(single)[0].word, 'met')
+        self.assertIsNone(summary.as_dict(single)['baseline'])
+
+    def test_head(self):
+        self.assertIn('commit', report.origin())
+        self.assertRegex(report.origin(), r'\b20\d\d-\d\d-\d\d\b')
+        self.assertNotIn('/', report.origin().partition('commit')[2])
+
     def test_a_variant_without_runs_leaves_no_cell_empty(self):
         empty = RowResult(row(), GIB, GIB, {'stock': [measurement()]})
         self.check_table(summary.growth_table([empty]), 2)
         self.check_table(summary.speed_table([empty]), 1)
+        self.check_table(summary.harmless_table([empty]), 1)
 
     def test_targets(self):
         table = summary.targets_table(summary.judge(self.result))
@@ -420,7 +715,7 @@ class Limits(unittest.TestCase):
 
     @staticmethod
     def row(name) -> rows.Row:
-        return rows.select(rows.GROWTH + rows.SPEED, [name])[0]
+        return rows.select(rows.ALL, [name])[0]
 
     def allows(self, name, size, **less) -> bool:
         limits = replace(self.LOTS, **less)
@@ -446,6 +741,20 @@ class Limits(unittest.TestCase):
         self.assertFalse(self.allows('hugetlb', GIB, huge_pages=2 * GIB - 1))
         self.assertTrue(self.allows('hugetlb', GIB, huge_pages=2 * GIB,
                                     memory=0))
+
+    def test_reserved_and_on_disk(self):
+        self.assertFalse(self.allows('harmless-reserved-source', GIB,
+                                     shm=2 * GIB - 1))
+        self.assertFalse(self.allows('harmless-disk-full', GIB,
+                                     disk=2 * GIB - 1))
+        self.assertTrue(self.allows('harmless-disk-full', GIB, disk=2 * GIB))
+
+    def test_huge_pages_of_shmem(self):
+        row = self.row('harmless-thp-full')
+        for unit, why in ((PAGE_SIZE, 'shmem_enabled'), (2 * MIB, None)):
+            with mock.patch.object(bench.host, 'shmem_unit', lambda: unit):
+                said = bench.why_not(row, self.LOTS, True)
+                self.assertEqual(said and why in said, why and True)
 
     def test_why_not(self):
         def why_not(name, direct_io=True, **less):
@@ -520,6 +829,24 @@ class Runs(unittest.TestCase):
     def test_different_ram_is_a_failure(self):
         self.outcome['patched'] = measurement(differing=2)
         self.assertTrue(self.run_bench().failed)
+
+    def test_saved_only_when_asked(self):
+        with tempfile.TemporaryDirectory() as directory, \
+             mock.patch.object(bench, 'RESULTS', directory), \
+             contextlib.redirect_stdout(io.StringIO()):
+            done = self.run_bench()
+            bench.print_report(done)
+            self.assertEqual(os.listdir(directory), [])
+            self.args.only, self.args.save = ['harm*', 'fast'], True
+            bench.print_report(done)
+            self.assertEqual(os.listdir(directory), ['bench-harm-fast.rst'])
+            with open(f'{directory}/bench-harm-fast.rst',
+                      encoding='utf-8') as file:
+                text = file.read()
+        self.assertIn('SPDX-License-Identifier: GPL-2.0-or-later', text)
+        self.assertIn('Linux', text)
+        self.assertIn('commit', text)
+        self.assertNotIn(self.args.directory, text)
 
     def test_report_and_json(self):
         done = self.run_bench()
