@@ -207,8 +207,8 @@ class Policy(unittest.TestCase):
 
     def test_destination(self):
         for backend, expected in (
-                ('memfd', 'punch'), ('shm-file', 'punch'),
-                ('shm-file-offset', 'punch'), ('anonymous-shared', 'punch'),
+                ('memfd', 'punch'), ('shm', 'punch'), ('shm-file', 'keep'),
+                ('shm-file-offset', 'keep'), ('anonymous-shared', 'punch'),
                 ('hugetlb', 'keep'), ('anonymous', 'keep'),
                 ('memfd-private', 'keep'), ('hugetlb-private', 'any'),
                 ('other-file', 'any'), ('other-file-private', 'any')):

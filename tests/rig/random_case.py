@@ -8,7 +8,7 @@ pages may be afterwards.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 from random_model import PATTERNS
@@ -364,6 +364,17 @@ class _Draw:
                 and self.parameters[0].get('zero-page-detection',
                                            'multifd') == 'multifd')
 
+    def _is_known_to_be_zero(self, side: BlockSide) -> bool:
+        """Whether the destination does not look at what QEMU has created
+        itself, as nothing but QEMU can have written to it.
+        """
+        return (self.binaries[1] == PATCHED and self.holes[1]
+                and (self.mode == 'multifd'
+                     or self.mode.startswith('mapped-ram'))
+                and BACKENDS[side.backend].directory is None
+                and (side.prealloc or self.locked[1]
+                     or side.backend == 'anonymous-shared'))
+
     def _backends(self, hugetlb: bool) -> Dict[str, int]:
         weights = dict(_BACKEND_WEIGHTS)
         for name, backend in BACKENDS.items():
@@ -410,9 +421,12 @@ class _Draw:
         else:
             size = rng.randrange(4, most)
         stale = 100 if self._stale_would_survive() else 25
-        return Block(size, *(
+        source, destination = (
             self._block_side(name, self._pattern(empty), locked)
-            for name, empty, locked in zip(names, (10, stale), self.locked)))
+            for name, empty, locked in zip(names, (10, stale), self.locked))
+        if self._is_known_to_be_zero(destination):
+            destination = replace(destination, pattern='holes')
+        return Block(size, source, destination)
 
     def _blocks(self) -> Tuple[Block, ...]:
         rng = self.rng
@@ -485,6 +499,8 @@ def policy(case: Case, block: Block) -> str:
         return 'keep' if backend.fs == 'tmpfs' and not case.postcopy else 'any'
     if backend.fs == 'hugetlbfs' or case.thp:
         return 'keep'           # not punched, or not if a huge page is full
+    if backend.directory is not None:
+        return 'keep'           # of a file that was there, nothing is freed
     return 'punch'
 
 
@@ -495,7 +511,4 @@ def source_reads(case: Case, block: Block) -> bool:
         return backend.fs is not None
     if backend.fs is None:
         return False            # what is read is not allocated
-    if case.mode == 'mapped-ram-multifd' and \
-            case.zero_page_detection == 'none':
-        return True             # the page's address says where it goes
     return not backend.holes_known
