@@ -13,18 +13,30 @@
 #include "qemu/bitmap.h"
 #include "system/memory.h"
 #include "options.h"
+#include "ram.h"
 #include "ram-holes.h"
+
+/*
+ * How many bytes are made zero until the main loop has to run again: what is
+ * populated may have to be read, which takes a millisecond or a few.
+ */
+#define SLICE_MAX (8 * MiB)
+
+/* How much is asked about at once: the kernel looks at each populated page. */
+#define ASK_MAX (256 * MiB)
 
 typedef struct AbsentPages {
     RAMBlock *rb;
     const unsigned long *present;
     uint64_t npages;
+    /* Bytes since the main loop has run */
+    uint64_t done;
 } AbsentPages;
 
 /* The functions below work on a @range of the file that is behind the block. */
 
 /* Make those pages zero of which any part is in the range */
-static void zero_absent(const AbsentPages *pages, const SparseRange *range)
+static void zero_absent(AbsentPages *pages, const SparseRange *range)
 {
     RAMBlock *rb = pages->rb;
     uint64_t size = qemu_target_page_size();
@@ -34,24 +46,17 @@ static void zero_absent(const AbsentPages *pages, const SparseRange *range)
     uint64_t page = find_next_zero_bit(pages->present, last, start / size);
 
     while (page < last) {
-        uint64_t next = find_next_bit(pages->present, last, page);
+        uint64_t slice = MIN(last, page + SLICE_MAX / size);
+        uint64_t next = find_next_bit(pages->present, slice, page);
 
         ram_handle_zero(rb, page * size, (next - page) * size);
+        pages->done += (next - page) * size;
+        if (pages->done >= SLICE_MAX) {
+            pages->done = 0;
+            ram_load_yield();
+        }
         page = find_next_zero_bit(pages->present, last, next);
     }
-}
-
-/* How much the file has allocated, in bytes; negative errno value if unknown */
-static int64_t allocated_bytes(int fd)
-{
-#ifdef CONFIG_LINUX
-    struct stat st;
-
-    return fstat(fd, &st) < 0 ? -errno : st.st_blocks * 512LL;
-#else
-    /* There are hosts whose files have no such number */
-    return -ENOSYS;
-#endif
 }
 
 /*
@@ -73,13 +78,13 @@ static unsigned long *find_huge_pages(const RAMBlock *rb, uint64_t *count)
             bytes += rb->page_size;
         }
     }
-    if (allocated_bytes(rb->fd) != bytes) {
+    if (sparse_file_allocated(rb->fd) != bytes) {
         return NULL;
     }
     return g_steal_pointer(&mapped);
 }
 
-static void zero_absent_hugetlb(const AbsentPages *pages,
+static void zero_absent_hugetlb(AbsentPages *pages,
                                 const SparseRange *range)
 {
     RAMBlock *rb = pages->rb;
@@ -105,35 +110,6 @@ static void zero_absent_hugetlb(const AbsentPages *pages,
     }
 }
 
-/* Huge pages that were written to are in no file, and nobody tells of holes */
-static bool is_private_hugetlb(const RAMBlock *rb)
-{
-    return !(rb->flags & (RAM_SHARED | RAM_PREALLOC)) && rb->fd >= 0 &&
-           qemu_fd_getfs(rb->fd) == QEMU_FS_TYPE_HUGETLBFS;
-}
-
-/*
- * To read a huge page that is not there allocates it, and there may be none
- * left.  So do not read what is neither in the page tables nor in the file.
- */
-static void zero_absent_private_hugetlb(const AbsentPages *pages,
-                                        SparseRange todo)
-{
-    RAMBlock *rb = pages->rb;
-    bool file_is_empty = allocated_bytes(rb->fd) == 0;
-
-    while (!sparse_range_is_empty(&todo)) {
-        SparseRange huge = todo;
-
-        huge.end = MIN(todo.end, todo.start + rb->page_size);
-        if (ram_huge_page_is_mapped(rb, huge.start - rb->fd_offset) ||
-            (!file_is_empty && sparse_file_is_zero(rb->fd, &huge) <= 0)) {
-            zero_absent(pages, &huge);
-        }
-        todo.start = huge.end;
-    }
-}
-
 /* What there is in a range that may be something else than zero */
 static void next_populated(RAMBlock *rb, const SparseRange *range,
                            SparseRange *populated)
@@ -141,9 +117,19 @@ static void next_populated(RAMBlock *rb, const SparseRange *range,
     int ret;
 
     if (ram_block_holes_known(rb)) {
-        ret = sparse_file_next_data(rb->fd, range, UINT64_MAX, populated);
+        SparseRange within = *range;
+        uint64_t end;
+
+        within.end = MIN(within.end, within.start + ASK_MAX);
+        *populated = within;
+        ret = sparse_file_next_extent(rb->fd, &within, &end);
         if (ret < 0) {
-            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+            ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
+            return;
+        } else if (ret) {
+            populated->end = end;
+        } else {
+            populated->start = populated->end = end;
         }
     } else if (ram_block_is_private_known(rb) &&
                rb->holes->private_memory == RAM_PRIVATE_ANONYMOUS) {
@@ -170,7 +156,8 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
         .end = rb->fd_offset + pages.npages * size,
     };
 
-    if (!migrate_ram_holes() || migrate_ram_is_ignored(rb)) {
+    if (!migrate_ram_holes() || migrate_ram_is_ignored(rb) ||
+        ram_block_is_pristine(rb)) {
         return;
     }
     /*
@@ -178,10 +165,6 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
      * later in the file, with x-early-migration as well.  It discards the rest
      * when it has been loaded.
      */
-    if (is_private_hugetlb(rb)) {
-        zero_absent_private_hugetlb(&pages, todo);
-        return;
-    }
     if (ram_block_holes_known(rb) &&
         rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
         zero_absent_hugetlb(&pages, &todo);

@@ -27,8 +27,8 @@
 #define PRIVATE_ASK_MIN 32
 
 /*
- * The most bytes of private memory that are gathered.  What is populated is
- * read, which takes some hundred microseconds; the source may have to wait.
+ * The most bytes that are gathered of private memory, and of files that are
+ * read.  That takes some hundred microseconds; the source may have to wait.
  */
 #define PRIVATE_RUN_MAX (2 * MiB)
 
@@ -96,7 +96,8 @@ static void zero_punch(RAMBlock *rb, const SparseRange *range)
 static void zero_huge_part(RAMBlock *rb, const SparseRange *part)
 {
     uint64_t thp_size = rb->holes->thp_size;
-    SparseRange huge, data;
+    SparseRange huge;
+    uint64_t end;
     int ret;
 
     if (sparse_range_is_empty(part)) {
@@ -105,11 +106,11 @@ static void zero_huge_part(RAMBlock *rb, const SparseRange *part)
     huge.start = QEMU_ALIGN_DOWN(part->start, thp_size);
     huge.end = huge.start + thp_size;
 
-    ret = sparse_file_next_data(rb->fd, &huge, thp_size, &data);
+    ret = sparse_file_next_extent(rb->fd, &huge, &end);
     if (ret < 0) {
-        ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+        ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
         zero_clear(rb, part);
-    } else if (sparse_range_length(&data) == thp_size) {
+    } else if (ret && end == huge.end) {
         zero_clear(rb, part);
     } else {
         zero_punch(rb, part);
@@ -135,20 +136,20 @@ static void zero_data(RAMBlock *rb, const SparseRange *data)
 static void zero_shmem(RAMBlock *rb, SparseRange todo)
 {
     while (!sparse_range_is_empty(&todo)) {
-        SparseRange data, hole = todo;
-        int ret = sparse_file_next_data(rb->fd, &todo, UINT64_MAX, &data);
+        SparseRange extent = todo;
+        int ret = sparse_file_next_extent(rb->fd, &todo, &extent.end);
 
         if (ret < 0) {
-            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+            ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
             zero_clear(rb, &todo);
             return;
         }
-        hole.end = data.start;
-        trace_zero(rb, &hole, ACTION_HOLE);
-        if (!sparse_range_is_empty(&data)) {
-            zero_data(rb, &data);
+        if (ret) {
+            zero_data(rb, &extent);
+        } else {
+            trace_zero(rb, &extent, ACTION_HOLE);
         }
-        todo.start = data.end;
+        todo.start = extent.end;
     }
 }
 
@@ -190,16 +191,21 @@ static void zero_hugetlb(RAMBlock *rb, SparseRange todo)
     while (!sparse_range_is_empty(&todo)) {
         ram_addr_t offset = todo.start - rb->fd_offset;
         uint64_t rest = rb->page_size - offset % rb->page_size;
-        SparseRange part = {
-            .start = todo.start,
-            .end = MIN(todo.end, todo.start + rest),
-        };
-        int ret = zero_huge_page(rb, &part);
+        SparseRange part = todo;
+        int ret;
 
+        if (ram_next_extent_raw(rb, offset, todo.end - rb->fd_offset,
+                                &part.end)) {
+            part.end += rb->fd_offset;
+            trace_zero(rb, &part, ACTION_HOLE);
+            todo.start = part.end;
+            continue;
+        }
+        part.end = MIN(todo.end, todo.start + rest);
+        ret = zero_huge_page(rb, &part);
         if (ret < 0) {
-            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
-            zero_clear(rb, &todo);
-            return;
+            ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
+            zero_clear(rb, &part);
         }
         todo.start = part.end;
     }
@@ -270,18 +276,46 @@ static void zero_private_hole(RAMBlock *rb, SparseRange todo)
 static void zero_private_tmpfs(RAMBlock *rb, SparseRange todo)
 {
     while (!sparse_range_is_empty(&todo)) {
-        SparseRange data, hole = todo;
-        int ret = sparse_file_next_data(rb->fd, &todo, UINT64_MAX, &data);
+        SparseRange extent = todo;
+        int ret = sparse_file_next_extent(rb->fd, &todo, &extent.end);
 
         if (ret < 0) {
-            ram_block_holes_failed(rb, RAM_HOLES_FIND, ret);
+            ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
             zero_clear(rb, &todo);
             return;
         }
-        hole.end = data.start;
-        zero_private_hole(rb, hole);
-        zero_clear(rb, &data);
-        todo.start = data.end;
+        if (ret) {
+            zero_clear(rb, &extent);
+        } else {
+            zero_private_hole(rb, extent);
+        }
+        todo.start = extent.end;
+    }
+}
+
+/*
+ * Reading a huge page that is not there allocates it, and there may be none
+ * left.  populated_memory_next() does not know huge pages.
+ */
+static void zero_private_hugetlb(RAMBlock *rb, SparseRange todo)
+{
+    bool file_is_empty = sparse_file_allocated(rb->fd) == 0;
+
+    while (!sparse_range_is_empty(&todo)) {
+        ram_addr_t offset = todo.start - rb->fd_offset;
+        ram_addr_t huge = QEMU_ALIGN_DOWN(offset, rb->page_size);
+        SparseRange part = {
+            .start = todo.start,
+            .end = MIN(todo.end, rb->fd_offset + huge + rb->page_size),
+        };
+
+        if (!ram_huge_page_is_mapped(rb, huge) &&
+            (file_is_empty || sparse_file_is_zero(rb->fd, &part) > 0)) {
+            trace_zero(rb, &part, ACTION_HOLE);
+        } else {
+            zero_clear(rb, &part);
+        }
+        todo.start = part.end;
     }
 }
 
@@ -289,11 +323,37 @@ static void zero_private(RAMBlock *rb, const SparseRange *range)
 {
     if (rb->holes->private_memory == RAM_PRIVATE_TMPFS) {
         zero_private_tmpfs(rb, *range);
+    } else if (rb->holes->private_memory == RAM_PRIVATE_HUGETLB) {
+        zero_private_hugetlb(rb, *range);
     } else if (sparse_range_length(range) <
                PRIVATE_ASK_MIN * qemu_target_page_size()) {
         zero_clear(rb, range);
     } else {
         zero_private_hole(rb, *range);
+    }
+}
+
+/* The most bytes of a file that are read at once */
+#define FILE_READ_MAX (64 * KiB)
+
+/*
+ * Reading a file does not fill the page tables, and what is in the page cache
+ * can be dropped.
+ */
+static void zero_other_file(RAMBlock *rb, SparseRange todo)
+{
+    while (!sparse_range_is_empty(&todo)) {
+        SparseRange part = {
+            .start = todo.start,
+            .end = MIN(todo.end, todo.start + FILE_READ_MAX),
+        };
+
+        if (sparse_file_is_zero(rb->fd, &part) > 0) {
+            trace_zero(rb, &part, ACTION_HOLE);
+        } else {
+            zero_clear(rb, &part);
+        }
+        todo.start = part.end;
     }
 }
 
@@ -310,7 +370,8 @@ bool ram_block_may_leave_holes(const RAMBlock *rb)
     if (!migrate_postcopy_ram()) {
         return ram_block_holes_known(rb) ||
                ram_block_is_shared_anonymous(rb) ||
-               ram_block_is_private_known(rb);
+               ram_block_is_private_known(rb) ||
+               (rb->holes && rb->holes->other_file);
     }
     /*
      * Until postcopy ends, an access to a hole waits until somebody places the
@@ -340,6 +401,8 @@ void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
         }
     } else if (ram_block_is_private_known(rb)) {
         zero_private(rb, &range);
+    } else if (rb->holes->other_file) {
+        zero_other_file(rb, range);
     } else if (ram_block_may_punch(rb)) {
         zero_shared_anonymous(rb, &range);
     } else {
@@ -353,8 +416,8 @@ static void ram_zero_run_start(RAMZeroRun *run, RAMBlock *rb)
     run->rb = rb;
     run->max = 0;
     if (ram_block_may_leave_holes(rb)) {
-        run->max = ram_block_is_private_known(rb) ? PRIVATE_RUN_MAX
-                                                  : UINT64_MAX;
+        run->max = ram_block_is_private_known(rb) || rb->holes->other_file
+                   ? PRIVATE_RUN_MAX : UINT64_MAX;
     }
 }
 

@@ -32,22 +32,19 @@
  * Ask before it is left alone.  Memory was punched when postcopy was announced,
  * so that a page that has not been received should be a hole.  If it is not, to
  * place it fails, and that is better than to go on with what somebody else has
- * written.  What is remembered stays true unless somebody else writes: nobody
- * of us makes data of a page before it is received.
+ * written.
  *
  * Returns how much of the range is a hole, from its start.
  */
-static uint64_t hole_length(RAMHoleCache *cache, RAMBlock *rb,
-                            ram_addr_t offset, uint64_t length)
+static uint64_t hole_length(RAMBlock *rb, ram_addr_t offset, uint64_t length)
 {
-    size_t page_size = qemu_ram_pagesize(rb);
-    uint64_t end = offset + length, next = offset;
+    uint64_t limit = offset + length, next = offset, end;
 
-    while (next < end && ram_page_is_hole(cache, rb, next, page_size,
-                                          rb->postcopy_length)) {
-        next = QEMU_ALIGN_DOWN(cache->hole.end, page_size);
+    /* The page has not arrived for the others: it does here */
+    while (next < limit && ram_next_extent_raw(rb, next, limit, &end)) {
+        next = end;
     }
-    return MIN(next, end) - offset;
+    return QEMU_ALIGN_DOWN(next - offset, qemu_ram_pagesize(rb));
 }
 
 static int place_zero(MigrationIncomingState *mis, RAMBlock *rb,
@@ -132,14 +129,14 @@ static int leave_holes(MigrationIncomingState *mis, RAMBlock *rb,
     return 0;
 }
 
-int ram_handle_zero_postcopy(MigrationIncomingState *mis, RAMHoleCache *cache,
-                             RAMBlock *rb, ram_addr_t offset, uint64_t length)
+int ram_handle_zero_postcopy(MigrationIncomingState *mis, RAMBlock *rb,
+                             ram_addr_t offset, uint64_t length)
 {
     if (!ram_block_may_leave_holes(rb)) {
         return place_zero(mis, rb, offset, length);
     }
     while (length) {
-        uint64_t done = hole_length(cache, rb, offset, length);
+        uint64_t done = hole_length(rb, offset, length);
         int ret;
 
         if (done) {

@@ -13,6 +13,7 @@
 
 #include "exec/cpu-common.h"
 #include "system/ramblock.h"
+#include "system/ramblock-holes.h"
 #include "qemu/atomic.h"
 #include "qemu/mmap-alloc.h"
 #include "qemu/sparse-file.h"
@@ -25,6 +26,8 @@ typedef enum RAMPrivateMemory {
     RAM_PRIVATE_ANONYMOUS,
     /* What is not in the page tables reads as the file on tmpfs does */
     RAM_PRIVATE_TMPFS,
+    /* What is neither in the page tables nor in the file reads as zero */
+    RAM_PRIVATE_HUGETLB,
 } RAMPrivateMemory;
 
 /**
@@ -41,6 +44,21 @@ typedef struct RAMBlockHoles {
     RAMPrivateMemory private_memory;
     /* The user asked for the memory to be there: prealloc=on, mem-lock=on */
     bool keep_populated;
+    /*
+     * Populated pages may be freed: QEMU created the memory, or the file was
+     * empty when the migration began.  Otherwise, it may have been reserved for
+     * the guest.
+     */
+    bool disposable;
+    /*
+     * The kernel cannot be asked, but the memory was zero when the migration
+     * began, and only the migration has written to it since.
+     */
+    bool pristine;
+    /* A migration has begun before, in either direction */
+    bool used;
+    /* A shared mapping of a file that is on neither tmpfs nor hugetlbfs */
+    bool other_file;
     /* Size in bytes of transparent huge pages in the file, 0 if none */
     uint64_t thp_size;
     /* Which RAMHolesOperation the kernel refused (atomic) */
@@ -49,8 +67,11 @@ typedef struct RAMBlockHoles {
 
 /* What the kernel is asked to do, as bits of RAMBlockHoles.failed */
 typedef enum RAMHolesOperation {
+    /* To find a hole, so as not to populate it */
     RAM_HOLES_FIND = 1 << 0,
     RAM_HOLES_PUNCH = 1 << 1,
+    /* To find what is to be cleared on the destination */
+    RAM_HOLES_FIND_TO_CLEAR = 1 << 2,
 } RAMHolesOperation;
 
 /**
@@ -88,8 +109,7 @@ static inline bool ram_block_holes_known(const RAMBlock *rb)
 {
     const RAMBlockHoles *holes = qatomic_read(&rb->holes);
 
-    return holes && holes->type != QEMU_FS_TYPE_UNKNOWN &&
-           !(qatomic_read(&holes->failed) & RAM_HOLES_FIND);
+    return holes && holes->type != QEMU_FS_TYPE_UNKNOWN;
 }
 
 /**
@@ -101,22 +121,37 @@ static inline bool ram_block_is_private_known(const RAMBlock *rb)
 {
     const RAMBlockHoles *holes = qatomic_read(&rb->holes);
 
-    return holes && holes->private_memory != RAM_PRIVATE_UNKNOWN &&
-           !(qatomic_read(&holes->failed) & RAM_HOLES_FIND);
+    return holes && holes->private_memory != RAM_PRIVATE_UNKNOWN;
+}
+
+/**
+ * ram_block_reading_allocates: whether reading a hole of @rb allocates it, and
+ *                              QEMU can tell where the holes are
+ *
+ * If so, ram_next_extent() has something to say.  A hole of private anonymous
+ * memory reads as the kernel's zero page.
+ */
+static inline bool ram_block_reading_allocates(const RAMBlock *rb)
+{
+    return ram_block_holes_known(rb) ||
+           (ram_block_is_private_known(rb) &&
+            rb->holes->private_memory == RAM_PRIVATE_TMPFS);
 }
 
 /**
  * ram_block_may_punch: whether populated pages of @rb may be freed
  *
  * Can change during a migration, when a device starts or stops to forbid it.
+ * Outside of incoming migration, to be called with the BQL held.
  */
 bool ram_block_may_punch(const RAMBlock *rb);
 
 /**
  * ram_block_holes_failed: the kernel refused an operation that should work
  *
- * Warns if this is the first one for the block, and stops further attempts:
- * ram_block_holes_known() and ram_block_may_punch() take it into account.
+ * Warns if this is the first one for the block.  Punching is not tried again,
+ * see ram_block_may_punch(); what cannot be looked up is data, and the next
+ * look-up can succeed.
  *
  * @rb: the block
  * @operation: what failed
@@ -126,18 +161,13 @@ void ram_block_holes_failed(RAMBlock *rb, RAMHolesOperation operation,
                             int err);
 
 /**
- * RAMHoleCache: what the kernel said last about a block
+ * ram_block_is_pristine: whether what has not been received is zero
  *
- * Two extents that follow each other: a hole, and data behind it.  To be
- * initialized with all zeroes, and used by one thread.
+ * Only if that cannot be found out by asking the kernel.  To be used where a
+ * zero page that arrives for the first time was always left alone; elsewhere,
+ * and for pages that have been received, see ram_handle_zero().
  */
-typedef struct RAMHoleCache {
-    RAMBlock *rb;
-    SparseRange hole;
-    SparseRange data;
-    /* How far data was followed, in bytes; see look_ahead() */
-    uint64_t ahead;
-} RAMHoleCache;
+bool ram_block_is_pristine(const RAMBlock *rb);
 
 /**
  * ram_block_may_leave_holes: whether a zero page that arrives may be a hole
@@ -182,7 +212,6 @@ int ram_next_populated_private(const RAMBlock *rb, const SparseRange *within,
  * waiting for.  All of them are marked as received.
  *
  * @mis: the incoming migration
- * @cache: what the kernel said before; one for each thread that loads pages
  * @rb: the block
  * @offset: offset in the block, in bytes
  * @length: length in bytes; like @offset a multiple of the block's page size
@@ -190,8 +219,8 @@ int ram_next_populated_private(const RAMBlock *rb, const SparseRange *within,
  * Returns 0 for success, a negative value if a page could not be placed, with
  * an error reported.
  */
-int ram_handle_zero_postcopy(MigrationIncomingState *mis, RAMHoleCache *cache,
-                             RAMBlock *rb, ram_addr_t offset, uint64_t length);
+int ram_handle_zero_postcopy(MigrationIncomingState *mis, RAMBlock *rb,
+                             ram_addr_t offset, uint64_t length);
 
 /**
  * ram_handle_zero_fault: answer a fault on a page that has been received
@@ -290,48 +319,53 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
  */
 bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset);
 
-/* Forget everything. */
-void ram_hole_cache_reset(RAMHoleCache *cache);
-
 /**
- * ram_page_is_hole: whether a page is a hole, and must not be read
+ * ram_next_extent: whether a part of a block begins with a hole, and for how
+ *                  long
  *
- * The dirty bit of the page must have been cleared at its origin before.
- *
- * @cache: answers that are good for more than one page are remembered here
  * @rb: the block
- * @offset: offset of the page in the block, in bytes
- * @length: length of the page in bytes; may be more than a page of the file has
- * @limit: offset of the end of the part of the block for which an answer may
- *         be remembered, in bytes; @offset + @length or more
+ * @offset: offset in the block, in bytes
+ * @limit: end of the part, in bytes, more than @offset
+ * @end: set to the end of the extent, more than @offset and @limit at most;
+ *       what follows can be of the same kind
  *
- * Returns true if all of the page was a hole; false if any of it is populated,
- * or if nothing is known about holes in this block.  A populated page may of
- * course be zero.  Of hugetlbfs, a page that another process allocated, that
- * this process has not mapped, and that is zero, counts as a hole.
+ * Returns true for a hole, which reads as zero and must not be read.  Returns
+ * false for what can be read: it is populated, or nothing is known about holes
+ * in this block, or incoming postcopy is active and the page has not arrived.
+ * A populated page may of course be zero.  Of hugetlbfs, a page that another
+ * process allocated, that this process has not mapped, and that is zero, counts
+ * as a hole.
+ *
+ * To be called with the BQL held or within an RCU critical section.
  */
-bool ram_page_is_hole(RAMHoleCache *cache, RAMBlock *rb, ram_addr_t offset,
-                      uint64_t length, uint64_t limit);
-
-/* What is behind ram_page_is_hole_precopy(); not to be called by itself. */
-bool ram_page_is_hole_in_chunk(RAMHoleCache *cache, RAMBlock *rb,
-                               ram_addr_t offset);
+bool ram_next_extent(RAMBlock *rb, ram_addr_t offset, uint64_t limit,
+                     uint64_t *end);
 
 /**
- * ram_page_is_hole_precopy: the same for the thread that searches dirty pages
+ * ram_next_extent_raw: what the kernel says, whether pages have arrived or not
  *
- * Knows what may be remembered.  To be called after
- * migration_bitmap_clear_dirty() for the page, and, unless the guest is
- * stopped, with the bitmap_mutex held; the cache has to be reset, with the same
- * mutex held, whenever a sync has moved dirty bits to the migration bitmap.
+ * Only for those who load guest RAM.  All others would take a page of which
+ * postcopy has not got the data yet for zero: they call ram_next_extent().
  */
-static inline bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
-                                            ram_addr_t offset)
-{
-    /* Inline, because it is asked for each page of anonymous RAM as well */
-    return ram_block_holes_known(rb) &&
-           ram_page_is_hole_in_chunk(cache, rb, offset);
-}
+bool ram_next_extent_raw(RAMBlock *rb, ram_addr_t offset, uint64_t limit,
+                         uint64_t *end);
+
+/**
+ * ram_find_hole: how much of a part of a block is a hole, from its start
+ *
+ * @rb: the block
+ * @offset: offset in the block, in bytes
+ * @limit: end of the part, in bytes
+ * @data: data of the block that was found before, as a range of offsets in it,
+ *        or an empty range; set to the data behind the hole, as far as that was
+ *        followed, unless the hole ends at @limit
+ *
+ * Remembering data is safe: it gets read.  Remembering a hole is not.
+ *
+ * Returns a number of bytes, 0 if there is data at @offset.
+ */
+uint64_t ram_find_hole(RAMBlock *rb, ram_addr_t offset, uint64_t limit,
+                       SparseRange *data);
 
 /**
  * ram_range_is_zero: whether a part of a block is zero
@@ -343,30 +377,5 @@ static inline bool ram_page_is_hole_precopy(RAMHoleCache *cache, RAMBlock *rb,
  * @length: length in bytes
  */
 bool ram_range_is_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length);
-
-/**
- * ram_page_to_read: where to read a page of guest RAM without allocating it
- *
- * For readers of guest RAM other than migration, which have no dirty bits.
- * To be called within an RCU critical section.
- *
- * @cache: remembers extents; only for a guest that is stopped, else NULL
- * @host: address of the memory, normally in guest RAM
- * @length: how much to read, in bytes, up to RAM_ZERO_PAGE_SIZE
- *
- * Returns @host, or zeroes of the same length if all of it is a hole.
- */
-const void *ram_page_to_read(RAMHoleCache *cache, const void *host,
-                             size_t length);
-
-/* No target has larger pages, nor has any format of a dump. */
-#define RAM_ZERO_PAGE_SIZE (64 * KiB)
-
-/**
- * ram_zero_page: zeroes, to be sent in place of a hole
- *
- * Returns RAM_ZERO_PAGE_SIZE bytes that are read-only and never freed.
- */
-const void *ram_zero_page(void);
 
 #endif /* QEMU_MIGRATION_RAM_HOLES_H */

@@ -133,182 +133,155 @@ static int64_t count_pages(int fd, uint64_t start, uint64_t end)
 #endif
 }
 
-/* As much as is asked about page by page where the kernel cannot count pages */
-#define PROBE_MAX (64 * MiB)
+/*
+ * Whether all of a part of a file is a hole, or all of it is data; 0 or 1, or
+ * a negative errno value if the kernel does not count pages.
+ *
+ * cachestat() can miscount a range with large folios (Linux 6.18, a pause of
+ * the walk in the middle of a folio).  That there is nothing at all is
+ * reliable; a hole that passes for data is read, which is a waste, no more.
+ */
+static int is_uniform(int fd, uint64_t start, uint64_t end, bool hole)
+{
+    int64_t pages = count_pages(fd, start, end);
+
+    if (pages < 0) {
+        return pages;
+    }
+    return hole ? pages == 0
+                : pages >= DIV_ROUND_UP(end - start,
+                                        qemu_real_host_page_size());
+}
 
 /*
- * Where the pages end that follow each other from @start on, all of which the
- * kernel has.  It is not after @limit, and nothing behind that is looked at:
- * lseek(SEEK_HOLE) alone would look at each page up to the next hole, which can
- * be all of the guest's, again for each packet of multifd.
- *
- * @start: in a page that the kernel has
+ * How much is looked at as a whole first: a packet of multifd.  Counting that
+ * many pages takes some microseconds.
  */
-static int find_data_end(int fd, uint64_t start, uint64_t limit, uint64_t *end)
+#define WHOLE_MAX (512 * KiB)
+
+/*
+ * The extent at @within->start, by counting pages: larger and larger parts, as
+ * long as they are the same, and then a bisection.  So the work is bounded by
+ * the length of the extent, wherever @within ends.  lseek() alone would go on
+ * to the next page that is up to date, or to the next hole, which can be at
+ * the end of the file; and it takes a page that is being moved for a hole.
+ */
+static int next_extent_counted(int fd, const SparseRange *within,
+                               uint64_t *end)
 {
     uint64_t page_size = qemu_real_host_page_size();
     uint64_t step = page_size;
-    off_t hole;
+    uint64_t low = MIN(QEMU_ALIGN_DOWN(within->start, page_size) + page_size,
+                       within->end);
+    uint64_t high = low;
+    int hole;
 
-    *end = MIN(QEMU_ALIGN_DOWN(start, page_size) + page_size, limit);
-    while (*end < limit) {
-        uint64_t next = MIN(*end + step, limit);
-        int64_t pages = count_pages(fd, *end, next);
-
-        if (pages < 0) {
-            /* Before Linux 6.5 */
-            limit = MIN(limit, start + PROBE_MAX);
-            while (*end < limit && lseek(fd, *end, SEEK_DATA) == *end) {
-                *end = MIN(*end + page_size, limit);
-            }
-            return 0;
+    /* Most short questions are about zero pages that arrive for a hole */
+    if (sparse_range_length(within) <= WHOLE_MAX) {
+        hole = is_uniform(fd, within->start, within->end, true);
+        if (hole) {
+            *end = within->end;
+            return MIN(hole, 0);
         }
-        if (pages == 0) {
-            return 0;
+    }
+    hole = is_uniform(fd, within->start, low, true);
+    if (hole < 0) {
+        return hole;
+    }
+    while (low < within->end) {
+        high = MIN(low + step, within->end);
+        if (is_uniform(fd, low, high, hole) != 1) {
+            break;
         }
-        if (pages * page_size < next - *end) {
-            /* There is a hole before @next, so this does not look far */
-            hole = lseek(fd, *end, SEEK_HOLE);
-            if (hole < 0) {
-                return -errno;
-            }
-            *end = MIN(MAX(hole, *end), limit);
-            return 0;
-        }
-        *end = next;
+        low = high;
         step *= 4;
     }
-    return 0;
-}
-
-/*
- * What lseek() calls data, and what it calls a hole in front of that.  Pages
- * that are called a hole may have data for a moment, see cut_hole().
- */
-static int seek_data(int fd, const SparseRange *within, uint64_t data_max,
-                     SparseRange *data)
-{
-    uint64_t limit = within->end;
-    off_t start;
-    int ret;
-
-    *data = (SparseRange) { .start = within->end, .end = within->end };
-
-    start = lseek(fd, within->start, SEEK_DATA);
-    if (start < 0) {
-        /* ENXIO: no data from here to the end of the file */
-        return errno == ENXIO ? 0 : -errno;
-    }
-    if (start >= within->end) {
-        return 0;
-    }
-
-    data->start = start;
-    if (limit - start > data_max) {
-        limit = start + data_max;
-    }
-    ret = find_data_end(fd, start, limit, &data->end);
-    if (ret < 0) {
-        *data = (SparseRange) { .start = within->end, .end = within->end };
-        /*
-         * ENXIO: the file lost this data, or its end, since the first call.
-         * That is another way to say that there is a hole.
-         */
-        return ret == -ENXIO ? 0 : ret;
-    }
-    return 0;
-}
-
-/*
- * @hole is not all hole: find its first page.  Set @hole to what is in front,
- * and @data to pages from there on that are all populated.
- */
-static void find_first_page(int fd, SparseRange *hole, SparseRange *data)
-{
-    uint64_t page_size = qemu_real_host_page_size();
-    uint64_t low = hole->start, high = hole->end, end = hole->end;
-
     while (high - low > page_size) {
         uint64_t middle = QEMU_ALIGN_DOWN(low + (high - low) / 2, page_size);
 
-        if (middle <= low) {
-            break;
-        }
-        if (count_pages(fd, low, middle) == 0) {
+        if (is_uniform(fd, low, middle, hole) == 1) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    hole->end = low;
-    data->start = low;
-    data->end = MIN(low + page_size, end);
-    while (data->end < end) {
-        uint64_t longer = MIN(low + 2 * (data->end - low), end);
-
-        if (count_pages(fd, low, longer) * page_size != longer - low) {
-            break;
-        }
-        data->end = longer;
-    }
+    *end = low;
+    return !hole;
 }
 
-/* As much as is read at once where the kernel cannot count pages */
-#define READ_MAX (2 * MiB)
+/* How much is looked at in one go where the kernel cannot count pages */
+#define SEEK_MAX (2 * MiB)
 
 /*
- * Cut @hole, which comes from lseek(), where it really ends; what follows then
- * goes into @data.
+ * The same before Linux 6.5.
  *
  * lseek() takes a page that is not up to date for a hole, and does not wait for
  * the lock that whoever works on the page holds (Linux, folio_seek_hole_data()
  * in mm/filemap.c).  A populated page looks like that for a moment while it is
  * moved, by compaction or NUMA balancing: the new page is in the file before
- * its flags are (__migrate_folio() in mm/migrate.c).  And a page that has been
- * preallocated with fallocate() looks like that until it is accessed.
+ * its flags are (__migrate_folio() in mm/migrate.c).  Reading waits for the
+ * lock, so read what is called a hole.
  */
-static int cut_hole(int fd, SparseRange *hole, SparseRange *data)
+static int next_extent_seek(int fd, const SparseRange *within, uint64_t *end)
 {
-    int64_t pages = count_pages(fd, hole->start, hole->end);
+    uint64_t page_size = qemu_real_host_page_size();
+    uint64_t limit = MIN(within->end, within->start + SEEK_MAX);
+    SparseRange hole = { .start = within->start };
+    off_t data = lseek(fd, within->start, SEEK_DATA);
     int ret;
 
-    if (pages == 0) {
-        return 0;
+    if (data < 0 && errno != ENXIO) {
+        return -errno;
     }
-    if (pages > 0) {
-        find_first_page(fd, hole, data);
-        return 0;
+    if (data == within->start) {
+        *end = QEMU_ALIGN_DOWN(within->start, page_size) + page_size;
+        while (*end < limit && lseek(fd, *end, SEEK_DATA) == *end) {
+            *end += page_size;
+        }
+        *end = MIN(*end, limit);
+        return 1;
     }
-
-    /* Before Linux 6.5.  Reading waits for the lock of a page. */
-    if (sparse_range_length(hole) > READ_MAX) {
-        hole->end = hole->start + READ_MAX;
-        *data = (SparseRange) { .start = hole->end, .end = hole->end };
-    }
-    ret = sparse_file_is_zero(fd, hole);
-    if (ret == 0) {
-        *data = *hole;
-        hole->end = hole->start;
-    }
-    return MIN(ret, 0);
-}
-
-int sparse_file_next_data(int fd, const SparseRange *within,
-                          uint64_t data_max, SparseRange *data)
-{
-    SparseRange hole = *within;
-    int ret;
-
-    if (sparse_range_is_empty(within)) {
-        *data = *within;
-        return 0;
-    }
-    ret = seek_data(fd, within, data_max, data);
+    /* ENXIO: no data from here to the end of the file */
+    hole.end = data > hole.start ? MIN(data, limit) : limit;
+    ret = sparse_file_is_zero(fd, &hole);
     if (ret < 0) {
         return ret;
     }
-    hole.end = data->start;
-    return sparse_range_is_empty(&hole) ? 0 : cut_hole(fd, &hole, data);
+    *end = hole.end;
+    return !ret;
+}
+
+int sparse_file_next_extent(int fd, const SparseRange *within, uint64_t *end)
+{
+    int ret;
+
+    if (sparse_range_is_empty(within)) {
+        *end = within->end;
+        return 1;
+    }
+    ret = next_extent_counted(fd, within, end);
+    return ret < 0 ? next_extent_seek(fd, within, end) : ret;
+}
+
+bool sparse_file_is_regular(int fd)
+{
+    struct stat st;
+
+    return fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+int64_t sparse_file_allocated(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) < 0 ? -errno : st.st_blocks * 512LL;
+}
+
+bool sparse_file_is_full(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) == 0 && st.st_blocks * 512LL >= st.st_size;
 }
 
 int sparse_file_punch(int fd, const SparseRange *range)
@@ -416,10 +389,24 @@ uint64_t sparse_file_thp_size(int fd)
 
 #else /* !CONFIG_LINUX */
 
-int sparse_file_next_data(int fd, const SparseRange *within,
-                          uint64_t data_max, SparseRange *data)
+bool sparse_file_is_regular(int fd)
+{
+    return false;
+}
+
+int sparse_file_next_extent(int fd, const SparseRange *within, uint64_t *end)
 {
     return -ENOSYS;
+}
+
+int64_t sparse_file_allocated(int fd)
+{
+    return -ENOSYS;
+}
+
+bool sparse_file_is_full(int fd)
+{
+    return true;
 }
 
 int sparse_file_is_zero(int fd, const SparseRange *range)

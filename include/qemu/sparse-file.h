@@ -8,7 +8,7 @@
  *
  * What can be asked depends on the file system, which qemu_fd_getfs() tells:
  *
- * - tmpfs: lseek() tells extents with page granularity.
+ * - tmpfs: the kernel tells extents with page granularity.
  * - hugetlbfs: lseek() says that the whole file is data, but a read() of a hole
  *   returns zeroes and allocates nothing.
  * - Everything else: nothing.  Where data is written back to a disk, or to
@@ -86,27 +86,53 @@ void sparse_range_split(const SparseRange *range, uint64_t unit,
                         SparseRange *tail);
 
 /**
- * sparse_file_next_data: find the first data in a part of a file
+ * sparse_file_is_regular: whether @fd can have holes at all
+ *
+ * @fd: an open file, or -1
+ *
+ * Devices cannot, whatever the file system of their node is: of a node in /dev,
+ * statfs() says that it is on tmpfs.
+ */
+bool sparse_file_is_regular(int fd);
+
+/**
+ * sparse_file_next_extent: whether a part of a file begins with data, and for
+ *                          how long
  *
  * @fd: a file on tmpfs
- * @within: the part to search
- * @data_max: how much data to follow at most, in bytes, a multiple of the page
- *            size; that takes time for each page, whereas holes cost nothing
- * @data: set to the first extent of data, cut off after @data_max and at the
- *        end of @within; set to an empty range at the end of @within if all of
- *        it is a hole, and to an empty range further in front if the search
- *        has to go on there
+ * @within: the part to look at
+ * @end: set to the end of the extent that begins at @within->start, in bytes;
+ *       it is behind @within->start unless @within is empty, and not behind
+ *       @within->end.  What follows there can be of the same kind.
  *
- * Everything between @within->start and @data->start was a hole, and read as
- * zero, when the function was called.  Pages that have been swapped out are
+ * All of a hole was a hole, and read as zero, when the function was called.
+ * Pages that have been swapped out, or that were allocated in advance, are
  * data, and no page with data is ever missed; but what is called data may still
- * be a hole or zero.  The position of @fd, which nothing in QEMU uses for such
- * files, changes.
+ * be a hole or zero.  Takes time in proportion to the extent, not to @within.
+ * The position of @fd, which nothing in QEMU uses for such files, may change.
  *
- * Returns 0, or a negative errno value if the kernel refuses to tell.
+ * Returns 1 for data, 0 for a hole, or a negative errno value if the kernel
+ * refuses to tell.
  */
-int sparse_file_next_data(int fd, const SparseRange *within,
-                          uint64_t data_max, SparseRange *data);
+int sparse_file_next_extent(int fd, const SparseRange *within, uint64_t *end);
+
+/**
+ * sparse_file_allocated: how much memory or disk space a file occupies
+ *
+ * @fd: an open file
+ *
+ * Returns a number of bytes, or a negative errno value.
+ */
+int64_t sparse_file_allocated(int fd);
+
+/**
+ * sparse_file_is_full: whether a file has no holes, at a glance
+ *
+ * @fd: an open file on tmpfs
+ *
+ * Returns true if as much is allocated as the file is long.
+ */
+bool sparse_file_is_full(int fd);
 
 /**
  * sparse_file_is_zero: whether a part of a file reads as zero

@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include "exec/ramlist.h"
 #include "exec/target_page.h"
+#include "hw/virtio/vhost.h"
 #include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
@@ -28,7 +29,9 @@
 #include "qemu/units.h"
 #include "qemu/userfaultfd.h"
 #include "qom/object.h"
+#include "system/hostmem.h"
 #include "system/memory.h"
+#include "system/runstate.h"
 #include "system/system.h"
 #include "../../migration/migration.h"
 #include "../../migration/options.h"
@@ -53,11 +56,17 @@ static struct {
     bool postcopy;
     bool discard_disabled;
     RamDiscardManager *rdm;
+    Object *owner;
+    /* The guest has run, with a vhost device or without one */
+    bool has_run;
+    bool vhost;
     bool ignored;
     RAMBlock *rb;
+    unsigned yields;
     /* How often a zero page was placed, and the last one */
     unsigned placed;
     void *placed_at;
+    PostcopyState postcopy_state;
 } machine;
 
 static MigrationIncomingState incoming;
@@ -85,6 +94,11 @@ bool migrate_postcopy_ram(void)
     return machine.postcopy;
 }
 
+PostcopyState postcopy_state_get(void)
+{
+    return machine.postcopy_state;
+}
+
 MigrationIncomingState *migration_incoming_get_current(void)
 {
     return &incoming;
@@ -99,6 +113,11 @@ void ramblock_recv_bitmap_set_range(RAMBlock *rb, void *host_addr, size_t nr)
 {
     bitmap_set(rb->receivedmap,
                (host_addr - (void *)rb->host) / TARGET_PAGE, nr);
+}
+
+void ram_load_yield(void)
+{
+    machine.yields++;
 }
 
 int postcopy_place_page_zero(MigrationIncomingState *mis, void *host,
@@ -135,7 +154,18 @@ bool is_mlock_on_fault(MlockState state)
 
 Object *memory_region_owner(MemoryRegion *mr)
 {
-    return NULL;
+    return machine.owner;
+}
+
+bool runstate_check(RunState state)
+{
+    return state == (machine.has_run ? RUN_STATE_RESTORE_VM
+                                     : RUN_STATE_INMIGRATE);
+}
+
+unsigned int vhost_get_max_memslots(void)
+{
+    return machine.vhost ? 8 : UINT_MAX;
 }
 
 RamDiscardManager *memory_region_get_ram_discard_manager(MemoryRegion *mr)
@@ -418,6 +448,117 @@ static void test_other_discard_manager(void)
     object_unref(other);
 }
 
+/* What is reserved stays so, whether the guest wrote to it or not. */
+static void test_reserved(void)
+{
+    TestBlock block;
+    int fd = memfd_new(BLOCK_SIZE);
+
+    g_assert_no_errno(fallocate(fd, 0, 0, BLOCK_SIZE));
+    test_block_init_mapped(&block, fd, 0, BLOCK_SIZE, MAP_SHARED, RAM_SHARED);
+    fill_pages(&block, 8, 15);
+    zero_pages(&block, 0, 11);
+    g_assert_cmpint(allocated_pages(&block), ==, BLOCK_SIZE / TARGET_PAGE);
+    assert_pages(&block, 0, 11, 0);
+    assert_pages(&block, 12, 15, DATA);
+    test_block_destroy(&block);
+}
+
+/* A file that has a page of somebody else, and holes, which stay holes */
+static void test_used(void)
+{
+    TestBlock block;
+    int fd = memfd_new(BLOCK_SIZE);
+    uint8_t byte = DATA;
+
+    g_assert_cmpint(pwrite(fd, &byte, 1, 0), ==, 1);
+    test_block_init_mapped(&block, fd, 0, BLOCK_SIZE, MAP_SHARED, RAM_SHARED);
+    zero_pages(&block, 0, 63);
+    g_assert_cmpint(allocated_pages(&block), ==, 1);
+    assert_pages(&block, 0, 0, 0);
+    test_block_destroy(&block);
+}
+
+/* What QEMU created is not reserved, whatever is in it. */
+
+#define TYPE_OTHER_BACKEND "other-backend"
+/* hostmem-shm.c */
+#define TYPE_MEMORY_BACKEND_SHM "memory-backend-shm"
+
+static const TypeInfo backends[] = {
+    {
+        .name = TYPE_MEMORY_BACKEND,
+        .parent = TYPE_OBJECT,
+        .instance_size = sizeof(HostMemoryBackend),
+        .class_size = sizeof(HostMemoryBackendClass),
+        .abstract = true,
+    }, {
+        .name = TYPE_MEMORY_BACKEND_MEMFD,
+        .parent = TYPE_MEMORY_BACKEND,
+    }, {
+        .name = TYPE_MEMORY_BACKEND_SHM,
+        .parent = TYPE_MEMORY_BACKEND,
+    }, {
+        .name = TYPE_MEMORY_BACKEND_RAM,
+        .parent = TYPE_MEMORY_BACKEND,
+    }, {
+        .name = TYPE_MEMORY_BACKEND_FILE,
+        .parent = TYPE_MEMORY_BACKEND,
+    }, {
+        .name = TYPE_OTHER_BACKEND,
+        .parent = TYPE_MEMORY_BACKEND,
+    },
+};
+
+/* How many pages stay allocated of a file with old data behind a backend */
+static uint64_t zero_half_of(const char *backend)
+{
+    TestBlock block;
+    MemoryRegion mr = { };
+    Object *owner = object_new(backend);
+    uint64_t pages;
+
+    test_block_init(&block);
+    fill_pages(&block, 8, 15);
+    machine.owner = owner;
+    block.rb.mr = &mr;
+    ram_block_holes_init(&block.holes, &block.rb);
+    pages = zero_half(&block);
+    test_block_destroy(&block);
+    object_unref(owner);
+    return pages;
+}
+
+static void test_created_by_qemu(void)
+{
+    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_MEMFD), ==, 4);
+    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_SHM), ==, 4);
+    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_RAM), ==, 4);
+    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_FILE), ==, 8);
+    g_assert_cmpint(zero_half_of(TYPE_OTHER_BACKEND), ==, 8);
+}
+
+/* Of a snapshot, with and without a process that may have pinned the memory */
+static void test_vhost(void)
+{
+    TestBlock block;
+
+    test_block_init(&block);
+    machine.vhost = true;
+    g_assert_cmpint(zero_half(&block), ==, 4);
+    test_block_destroy(&block);
+
+    test_block_init(&block);
+    machine.has_run = true;
+    g_assert_cmpint(zero_half(&block), ==, 4);
+    machine.vhost = true;
+    zero_pages(&block, 12, 15);
+    /* Reading has allocated the others */
+    g_assert_cmpint(allocated_pages(&block), ==, 12);
+    assert_pages(&block, 12, 15, 0);
+    test_block_destroy(&block);
+}
+
 static void test_readonly_fd(void)
 {
     TestBlock block;
@@ -472,26 +613,32 @@ static void test_not_set_up(void)
     test_block_destroy(&block);
 }
 
-static void test_lseek_refused(void)
+/* A look-up that fails is about what was looked up, and nothing else. */
+static void test_find_failed(void)
 {
     TestBlock block;
-    int pipes[2], fd;
+    int fd;
 
     test_block_init(&block);
     fill_pages(&block, 8, 15);
-    g_assert_no_errno(pipe(pipes));
     fd = block.rb.fd;
-    block.rb.fd = pipes[0];
+    /* Punching would fail as well */
+    block.holes.disposable = false;
+    block.rb.fd = -1;
     stderr_capture();
-    zero_pages(&block, 4, 11);
-    zero_pages(&block, 4, 11);
+    zero_pages(&block, 6, 11);
+    zero_pages(&block, 6, 11);
     g_assert_cmpint(stderr_release(), ==, 1);
-    assert_pages(&block, 4, 11, 0);
+    assert_pages(&block, 6, 11, 0);
     assert_pages(&block, 12, 15, DATA);
-    g_assert_false(ram_block_holes_known(&block.rb));
+    g_assert_true(ram_block_holes_known(&block.rb));
+
     block.rb.fd = fd;
-    close(pipes[0]);
-    close(pipes[1]);
+    g_assert_cmpint(allocated_pages(&block), ==, 10);
+    block.holes.disposable = true;
+    zero_pages(&block, 0, 11);
+    g_assert_cmpint(allocated_pages(&block), ==, 4);
+    assert_pages(&block, 12, 15, DATA);
     test_block_destroy(&block);
 }
 
@@ -506,18 +653,17 @@ typedef struct Refusal {
     int err;
     /* Pages of zero_half() that are allocated */
     uint64_t pages;
-    bool holes_known;
 } Refusal;
 
 static const Refusal refusals[] = {
-    { "fallocate/EOPNOTSUPP", SYS_fallocate, EOPNOTSUPP, 8, true },
-    { "fallocate/ENOSYS", SYS_fallocate, ENOSYS, 8, true },
-    { "fallocate/ENOSPC", SYS_fallocate, ENOSPC, 8, true },
-    { "fallocate/ENOMEM", SYS_fallocate, ENOMEM, 8, true },
-    { "fallocate/EIO", SYS_fallocate, EIO, 8, true },
-    { "lseek/EINVAL", SYS_lseek, EINVAL, 12, false },
-    { "lseek/EIO", SYS_lseek, EIO, 12, false },
-    { "lseek/ENOSYS", SYS_lseek, ENOSYS, 12, false },
+    { "fallocate/EOPNOTSUPP", SYS_fallocate, EOPNOTSUPP, 8 },
+    { "fallocate/ENOSYS", SYS_fallocate, ENOSYS, 8 },
+    { "fallocate/ENOSPC", SYS_fallocate, ENOSPC, 8 },
+    { "fallocate/ENOMEM", SYS_fallocate, ENOMEM, 8 },
+    { "fallocate/EIO", SYS_fallocate, EIO, 8 },
+    { "lseek/EINVAL", SYS_lseek, EINVAL, 12 },
+    { "lseek/EIO", SYS_lseek, EIO, 12 },
+    { "lseek/ENOSYS", SYS_lseek, ENOSYS, 12 },
 };
 
 /* Returns false if the kernel has no seccomp, or another filter forbids it */
@@ -540,6 +686,10 @@ static bool refuse(int syscall, int err)
 
 #define REFUSED_SKIP 77
 
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
+
 static void run_refused(const Refusal *refusal)
 {
     char line[256] = "";
@@ -547,15 +697,18 @@ static void run_refused(const Refusal *refusal)
 
     test_block_init(&block);
     stderr_capture();
-    if (!refuse(refusal->syscall, refusal->err)) {
+    /* Without cachestat(), which would make lseek() superfluous */
+    if (!refuse(SYS_cachestat, ENOSYS) ||
+        !refuse(refusal->syscall, refusal->err)) {
         _exit(REFUSED_SKIP);
     }
     g_assert_cmpint(zero_half(&block), ==, refusal->pages);
     zero_pages(&block, 12, 13);
     assert_pages(&block, 12, 13, 0);
     assert_pages(&block, 14, 15, DATA);
-    g_assert_true(ram_block_holes_known(&block.rb) == refusal->holes_known);
-    g_assert_false(ram_block_may_punch(&block.rb));
+    g_assert_true(ram_block_holes_known(&block.rb));
+    g_assert_true(ram_block_may_punch(&block.rb) ==
+                  (refusal->syscall != SYS_fallocate));
 
     /* lseek() may be what is refused */
     g_assert_cmpint(pread(stderr_file, line, sizeof(line) - 1, 0), >, 0);
@@ -639,9 +792,7 @@ static void request_page(TestBlock *block, int64_t page)
 static void zero_pages_postcopy(TestBlock *block, unsigned first,
                                 unsigned last)
 {
-    RAMHoleCache cache = { };
-
-    g_assert_cmpint(ram_handle_zero_postcopy(&incoming, &cache, &block->rb,
+    g_assert_cmpint(ram_handle_zero_postcopy(&incoming, &block->rb,
                                              first * TARGET_PAGE,
                                              (last - first + 1) * TARGET_PAGE),
                     ==, 0);
@@ -759,7 +910,7 @@ static void test_postcopy_holes_unknown(void)
     TestBlock block;
 
     postcopy_init(&block);
-    block.holes.failed = RAM_HOLES_FIND;
+    block.holes.type = QEMU_FS_TYPE_UNKNOWN;
     assert_all_placed(&block);
     postcopy_destroy(&block);
 }
@@ -1100,6 +1251,8 @@ static void test_absent_fd_offset(void)
     memset(file + 2 * BLOCK_SIZE, DATA, BLOCK_SIZE);
     test_block_init_mapped(&block, fd, BLOCK_SIZE, BLOCK_SIZE, MAP_SHARED,
                            RAM_SHARED);
+    /* As if the rest of the file were written later */
+    block.holes.disposable = true;
     /* A file has more pages than the block does: not our neighbour's */
     zero_absent(&block, 256);
     g_assert_cmpint(allocated_pages(&block), ==, 64 + 5 + 64);
@@ -1172,6 +1325,133 @@ static void test_absent_private_file(void)
 }
 
 /* As it was without all this: nothing is done about them */
+/* What has to be read is read in slices. */
+static void test_absent_slices(void)
+{
+    const uint64_t size = 64 * MiB;
+    TestBlock block;
+
+    test_block_init_mapped(&block, memfd_new(size), 0, size, MAP_SHARED,
+                           RAM_SHARED);
+    block.holes.keep_populated = true;
+    zero_absent(&block, size / TARGET_PAGE);
+    g_assert_cmpint(machine.yields, ==, 0);
+
+    g_assert_no_errno(fallocate(block.rb.fd, 0, 0, size));
+    fill_pages(&block, 0, size / TARGET_PAGE - 1);
+    zero_absent(&block, size / TARGET_PAGE);
+    g_assert_cmpint(machine.yields, >=, 7);
+    g_assert_true(sparse_file_is_zero(block.rb.fd, &(SparseRange) {
+        .start = size / 2,
+        .end = size,
+    }) == 1);
+    test_block_destroy(&block);
+}
+
+/*
+ * Memory that cannot be asked, or is populated for good
+ *
+ * What has not been received is known to be zero, but only at first.
+ */
+
+static void setup(TestBlock *block)
+{
+    QLIST_INSERT_HEAD(&ram_list.blocks, &block->rb, next);
+    ram_holes_setup();
+    QLIST_REMOVE(&block->rb, next);
+}
+
+static void test_pristine(void)
+{
+    TestBlock block;
+    MemoryRegion mr = { };
+    Object *owner = object_new(TYPE_MEMORY_BACKEND_MEMFD);
+
+    MEMORY_BACKEND(owner)->prealloc = true;
+    test_block_init(&block);
+    block.rb.mr = &mr;
+    machine.owner = owner;
+    fill_pages(&block, 0, 63);
+    setup(&block);
+    g_assert_true(ram_block_is_pristine(&block.rb));
+    zero_absent(&block, 64);
+    assert_pages(&block, 0, 63, DATA);
+
+    /* RDMA and postcopy need more than that */
+    machine.rdma = true;
+    g_assert_false(ram_block_is_pristine(&block.rb));
+    machine.rdma = false;
+    machine.postcopy = true;
+    g_assert_false(ram_block_is_pristine(&block.rb));
+    machine.postcopy = false;
+
+    /* A second migration, after one that failed */
+    setup(&block);
+    g_assert_false(ram_block_is_pristine(&block.rb));
+
+    /* A snapshot, for a guest that has run */
+    block.holes.used = false;
+    machine.has_run = true;
+    setup(&block);
+    g_assert_false(ram_block_is_pristine(&block.rb));
+    machine.has_run = false;
+
+    /* The kernel can be asked */
+    block.holes.used = false;
+    MEMORY_BACKEND(owner)->prealloc = false;
+    setup(&block);
+    g_assert_false(ram_block_is_pristine(&block.rb));
+
+    /* Not the memory of a backend, so that it can be that of a ROM */
+    block.holes.used = false;
+    machine.owner = NULL;
+    setup(&block);
+    g_assert_false(ram_block_is_pristine(&block.rb));
+    object_unref(owner);
+    test_block_destroy(&block);
+}
+
+/* A file system that does not report holes in a way that can be relied upon */
+static void test_other_file(void)
+{
+    TestBlock block;
+    MemoryRegion mr = { };
+    Object *owner = object_new(TYPE_MEMORY_BACKEND_FILE);
+    int fd = memfd_new(BLOCK_SIZE);
+
+    for (int i = 0; i < 3; i++) {
+        /* A file of tmpfs will do: that is not asked any more */
+        test_block_init_mapped(&block, dup(fd), 0, BLOCK_SIZE, MAP_SHARED,
+                               RAM_SHARED);
+        block.rb.mr = &mr;
+        machine.owner = owner;
+        block.holes.type = QEMU_FS_TYPE_UNKNOWN;
+        block.holes.other_file = true;
+        switch (i) {
+        case 0:
+            setup(&block);
+            g_assert_true(ram_block_is_pristine(&block.rb));
+            break;
+        case 1:
+            fill_pages(&block, 8, 15);
+            setup(&block);
+            g_assert_false(ram_block_is_pristine(&block.rb));
+            break;
+        case 2:
+            zero_pages(&block, 0, 11);
+            /* All that one read() got is read through the mapping then */
+            assert_pages(&block, 0, 11, 0);
+            assert_pages(&block, 12, 15, DATA);
+            zero_pages(&block, 16, 63);
+            g_assert_cmpint(allocated_pages(&block), <=, 16);
+            break;
+        }
+        test_block_destroy(&block);
+    }
+    close(fd);
+    object_unref(owner);
+}
+
 static void test_absent_switched_off(void)
 {
     TestBlock block;
@@ -1285,11 +1565,38 @@ static void test_private_hugetlb(void)
     test_block_init_mapped(&block, block.rb.fd, 0, 2 * HUGE_PAGE,
                            MAP_PRIVATE | MAP_NORESERVE, 0);
     block.rb.page_size = HUGE_PAGE;
-    g_assert_false(ram_block_is_private_known(&block.rb));
     fill_pages(&block, 16, 23);
     zero_pages(&block, 4, 19);
     assert_pages(&block, 0, 19, 0);
     assert_pages(&block, 20, 23, DATA);
+    test_block_destroy(&block);
+}
+
+/* A huge page that is neither in the page tables nor in the file stays away. */
+static void test_private_hugetlb_empty(void)
+{
+    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
+    TestBlock block;
+
+    if (!test_block_init_hugetlb(&block)) {
+        return;
+    }
+    munmap(block.rb.host, 2 * HUGE_PAGE);
+    g_assert_no_errno(ftruncate(block.rb.fd, 0));
+    g_assert_no_errno(ftruncate(block.rb.fd, 2 * HUGE_PAGE));
+    test_block_init_mapped(&block, block.rb.fd, 0, 2 * HUGE_PAGE,
+                           MAP_PRIVATE | MAP_NORESERVE, 0);
+    block.rb.page_size = HUGE_PAGE;
+
+    zero_pages(&block, 0, 2 * per_huge - 1);
+    g_assert_false(ram_huge_page_is_mapped(&block.rb, 0));
+    g_assert_false(ram_huge_page_is_mapped(&block.rb, HUGE_PAGE));
+
+    fill_pages(&block, per_huge, per_huge + 7);
+    zero_pages(&block, per_huge - 4, per_huge + 3);
+    g_assert_false(ram_huge_page_is_mapped(&block.rb, 0));
+    assert_pages(&block, per_huge, per_huge + 3, 0);
+    assert_pages(&block, per_huge + 4, per_huge + 7, DATA);
     test_block_destroy(&block);
 }
 
@@ -1435,83 +1742,55 @@ static void test_clear_memory(void)
     munmap(p, 4 * TARGET_PAGE);
 }
 
-/* The source: what is a hole, and what may be remembered about it */
+/* The source: what is a hole */
 
-static bool is_hole(RAMHoleCache *cache, TestBlock *block, unsigned page,
-                    unsigned npages, unsigned limit)
+/* How many pages from @page on, up to @limit, are a hole */
+static uint64_t hole_pages(TestBlock *block, SparseRange *data, unsigned page,
+                           unsigned limit)
 {
-    return ram_page_is_hole(cache, &block->rb, page * TARGET_PAGE,
-                            npages * TARGET_PAGE, limit * TARGET_PAGE);
+    uint64_t bytes = ram_find_hole(&block->rb, page * TARGET_PAGE,
+                                   limit * TARGET_PAGE, data);
+
+    g_assert_cmpint(bytes % TARGET_PAGE, ==, 0);
+    return bytes / TARGET_PAGE;
 }
 
-static void test_save_cache(void)
+static bool is_hole(TestBlock *block, unsigned page, unsigned npages)
 {
-    TestBlock block, other;
-    RAMHoleCache cache = { };
+    SparseRange data = { };
+
+    return hole_pages(block, &data, page, page + npages) == npages;
+}
+
+static void test_save_find_hole(void)
+{
+    TestBlock block;
+    SparseRange data = { };
 
     test_block_init(&block);
-    test_block_init(&other);
     fill_pages(&block, 8, 15);
-    fill_pages(&other, 0, 3);
 
-    g_assert_true(is_hole(&cache, &block, 0, 1, 64));
-    g_assert_true(is_hole(&cache, &block, 7, 1, 64));
-    g_assert_false(is_hole(&cache, &block, 8, 1, 64));
-    g_assert_false(is_hole(&cache, &block, 15, 1, 64));
-    g_assert_true(is_hole(&cache, &block, 16, 1, 64));
-    g_assert_true(is_hole(&cache, &block, 3, 1, 64));
-    /* The same offset in another block is something else */
-    g_assert_false(is_hole(&cache, &other, 3, 1, 64));
-    g_assert_true(is_hole(&cache, &other, 4, 1, 64));
+    g_assert_cmpint(hole_pages(&block, &data, 0, 64), ==, 8);
+    g_assert_cmpint(data.start, ==, 8 * TARGET_PAGE);
+    g_assert_cmpint(data.end, >, data.start);
+    g_assert_cmpint(data.end, <=, 16 * TARGET_PAGE);
+    g_assert_cmpint(hole_pages(&block, &data, 8, 64), ==, 0);
+    g_assert_cmpint(hole_pages(&block, &data, 15, 64), ==, 0);
+    g_assert_cmpint(hole_pages(&block, &data, 16, 64), ==, 48);
+    g_assert_cmpint(hole_pages(&block, &data, 2, 4), ==, 2);
 
-    /* What has been asked for is remembered up to the limit, not further */
-    ram_hole_cache_reset(&cache);
-    g_assert_true(is_hole(&cache, &block, 16, 1, 20));
-    fill_pages(&block, 19, 20);
-    g_assert_true(is_hole(&cache, &block, 19, 1, 20));
-    g_assert_false(is_hole(&cache, &block, 20, 1, 24));
-    ram_hole_cache_reset(&cache);
-    g_assert_false(is_hole(&cache, &block, 19, 1, 20));
+    /* Data that was found is not looked at again, a hole is */
+    g_assert_cmpint(hole_pages(&block, &data, 8, 64), ==, 0);
+    data = (SparseRange) { 20 * TARGET_PAGE, 24 * TARGET_PAGE };
+    g_assert_cmpint(hole_pages(&block, &data, 21, 64), ==, 0);
+    g_assert_cmpint(hole_pages(&block, &data, 24, 64), ==, 40);
+    g_assert_cmpint(hole_pages(&block, &data, 19, 64), ==, 45);
+    fill_pages(&block, 30, 30);
+    g_assert_cmpint(hole_pages(&block, &data, 24, 64), ==, 6);
+    g_assert_cmpint(data.start, ==, 30 * TARGET_PAGE);
 
     /* Looking has not allocated anything */
-    g_assert_cmpint(allocated_pages(&block), ==, 10);
-    test_block_destroy(&other);
-    test_block_destroy(&block);
-}
-
-static void assert_data_ahead(RAMHoleCache *cache, TestBlock *block,
-                              unsigned page, unsigned npages)
-{
-    g_assert_false(is_hole(cache, block, page, 1,
-                           block->rb.used_length / TARGET_PAGE));
-    g_assert_cmpint(cache->data.start, ==, page * TARGET_PAGE);
-    g_assert_cmpint(sparse_range_length(&cache->data), ==,
-                    npages * TARGET_PAGE);
-}
-
-/* Data is followed further only by who searches all of it */
-static void test_save_look_ahead(void)
-{
-    uint64_t size = 4096 * TARGET_PAGE;
-    RAMHoleCache cache = { };
-    TestBlock block;
-
-    test_block_init_mapped(&block, memfd_new(size), 0, size, MAP_SHARED,
-                           RAM_SHARED);
-    fill_pages(&block, 0, 4095);
-
-    assert_data_ahead(&cache, &block, 100, 16);
-    assert_data_ahead(&cache, &block, 116, 64);
-    /* Not far behind */
-    assert_data_ahead(&cache, &block, 243, 256);
-    /* Somewhere else */
-    assert_data_ahead(&cache, &block, 3000, 16);
-    assert_data_ahead(&cache, &block, 200, 16);
-    assert_data_ahead(&cache, &block, 232, 16);
-    /* After a sync */
-    assert_data_ahead(&cache, &block, 248, 64);
-    ram_hole_cache_reset(&cache);
-    assert_data_ahead(&cache, &block, 312, 16);
+    g_assert_cmpint(allocated_pages(&block), ==, 9);
     test_block_destroy(&block);
 }
 
@@ -1525,123 +1804,114 @@ static void test_save_large_page(void)
     fill_pages(&block, 12, 12);
     fill_pages(&block, 31, 31);
 
-    for (int limit = 48; limit <= 64; limit += 16) {
-        RAMHoleCache cache = { };
-
-        /* Hole, then data */
-        g_assert_false(is_hole(&cache, &block, 2, 2, limit));
-        g_assert_true(is_hole(&cache, &block, 0, 2, limit));
-        /* Data, then hole */
-        g_assert_false(is_hole(&cache, &block, 12, 2, limit));
-        /* Data in the middle, and at the end */
-        g_assert_false(is_hole(&cache, &block, 8, 8, limit));
-        g_assert_false(is_hole(&cache, &block, 16, 16, limit));
-        g_assert_true(is_hole(&cache, &block, 16, 8, limit));
-        g_assert_true(is_hole(&cache, &block, 32, 16, limit));
-    }
+    /* Hole, then data */
+    g_assert_false(is_hole(&block, 2, 2));
+    g_assert_true(is_hole(&block, 0, 2));
+    /* Data, then hole */
+    g_assert_false(is_hole(&block, 12, 2));
+    /* Data in the middle, and at the end */
+    g_assert_false(is_hole(&block, 8, 8));
+    g_assert_false(is_hole(&block, 16, 16));
+    g_assert_true(is_hole(&block, 16, 8));
+    g_assert_true(is_hole(&block, 32, 16));
     test_block_destroy(&block);
 }
 
-static void test_save_precopy(void)
-{
-    TestBlock block;
-    RAMHoleCache cache = { };
-    unsigned long chunks[1] = { };
-
-    test_block_init(&block);
-    block.rb.clear_bmap = chunks;
-    block.rb.clear_bmap_shift = 3;
-
-    /* The chunk has been cleared: remembered */
-    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb, 0));
-    fill_pages(&block, 7, 8);
-    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb,
-                                           7 * TARGET_PAGE));
-    /* The next one had not been */
-    g_assert_false(ram_page_is_hole_precopy(&cache, &block.rb,
-                                            8 * TARGET_PAGE));
-
-    /* A sync ends it all */
-    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb, 0));
-    fill_pages(&block, 1, 1);
-    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb, TARGET_PAGE));
-    ram_hole_cache_reset(&cache);
-    g_assert_false(ram_page_is_hole_precopy(&cache, &block.rb, TARGET_PAGE));
-
-    /* Without chunks nothing is remembered at all */
-    block.rb.clear_bmap = NULL;
-    g_assert_true(ram_page_is_hole_precopy(&cache, &block.rb,
-                                           16 * TARGET_PAGE));
-    fill_pages(&block, 17, 17);
-    g_assert_false(ram_page_is_hole_precopy(&cache, &block.rb,
-                                            17 * TARGET_PAGE));
-    test_block_destroy(&block);
-}
-
+/* A look-up that is refused makes what was asked about data, no more */
 static void test_save_lseek_refused(void)
 {
     TestBlock block;
-    RAMHoleCache cache = { };
-    int pipes[2], fd;
+    int fd;
 
     test_block_init(&block);
-    g_assert_no_errno(pipe(pipes));
     fd = block.rb.fd;
-    block.rb.fd = pipes[0];
+    block.rb.fd = -1;
     stderr_capture();
-    g_assert_false(is_hole(&cache, &block, 0, 1, 64));
-    g_assert_false(is_hole(&cache, &block, 1, 1, 64));
+    g_assert_false(is_hole(&block, 0, 1));
+    g_assert_false(is_hole(&block, 1, 1));
     g_assert_cmpint(stderr_release(), ==, 1);
     block.rb.fd = fd;
-    close(pipes[0]);
-    close(pipes[1]);
     test_block_destroy(&block);
 }
 
 static void test_save_unknown(void)
 {
     TestBlock block;
-    RAMHoleCache cache = { };
 
     machine.ram_holes = false;
     test_block_init(&block);
-    g_assert_false(is_hole(&cache, &block, 0, 1, 64));
+    g_assert_false(is_hole(&block, 0, 1));
     test_block_destroy(&block);
 
     test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
                            MAP_PRIVATE, 0);
     block.rb.host[0] = DATA;
-    g_assert_false(is_hole(&cache, &block, 0, 1, 64));
+    g_assert_false(is_hole(&block, 0, 1));
     test_block_destroy(&block);
 }
 
 static void test_save_hugetlb(void)
 {
     uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    RAMHoleCache cache = { };
     TestBlock block;
-    uint8_t byte = DATA;
     uint8_t *other;
 
     if (!test_block_init_hugetlb(&block)) {
         return;
     }
     block.rb.page_size = HUGE_PAGE;
-    g_assert_true(is_hole(&cache, &block, 0, 1, 2 * per_huge));
-    g_assert_true(is_hole(&cache, &block, per_huge, 1, 2 * per_huge));
-    g_assert_cmpint(allocated_pages(&block), ==, 0);
+    g_assert_true(is_hole(&block, 0, 2 * per_huge));
+    g_assert_true(is_hole(&block, per_huge + 3, 1));
 
-    /* Written by this process, and by another one, which it cannot see */
+    /* The sizes show that there is one huge page, and which */
     block.rb.host[0] = DATA;
+    g_assert_false(is_hole(&block, 0, 1));
+    g_assert_false(is_hole(&block, per_huge - 1, 1));
+    g_assert_true(is_hole(&block, per_huge, per_huge));
+    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+
+    /* Written by another process, which this one cannot see */
     other = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
                  block.rb.fd, 0);
     g_assert_true(other != MAP_FAILED);
-    other[2 * HUGE_PAGE - 1] = byte;
-    ram_hole_cache_reset(&cache);
-    g_assert_false(is_hole(&cache, &block, 0, 1, 2 * per_huge));
-    g_assert_false(is_hole(&cache, &block, per_huge - 1, 1, 2 * per_huge));
-    g_assert_false(is_hole(&cache, &block, per_huge, 1, 2 * per_huge));
+    other[2 * HUGE_PAGE - 1] = DATA;
+    g_assert_false(is_hole(&block, per_huge, per_huge));
     munmap(other, 2 * HUGE_PAGE);
+    test_block_destroy(&block);
+}
+
+/* Until a page has arrived, a reader has to wait for it in the mapping */
+static void test_save_not_arrived(void)
+{
+    static const PostcopyState active[] = {
+        POSTCOPY_INCOMING_LISTENING, POSTCOPY_INCOMING_RUNNING,
+    };
+    TestBlock block;
+
+    test_block_init(&block);
+    fill_pages(&block, 20, 20);
+    block.rb.receivedmap = bitmap_new(BLOCK_SIZE / TARGET_PAGE);
+    bitmap_set(block.rb.receivedmap, 8, 16);
+    for (int i = 0; i < ARRAY_SIZE(active); i++) {
+        uint64_t end;
+
+        machine.postcopy_state = active[i];
+        g_assert_false(is_hole(&block, 0, 1));
+        g_assert_false(is_hole(&block, 7, 2));
+        g_assert_true(is_hole(&block, 8, 12));
+        g_assert_false(is_hole(&block, 20, 1));
+        g_assert_true(is_hole(&block, 21, 3));
+        g_assert_false(is_hole(&block, 24, 1));
+        g_assert_false(ram_next_extent(&block.rb, 0, BLOCK_SIZE, &end));
+        g_assert_cmpint(end, ==, 8 * TARGET_PAGE);
+        /* Who loads them knows better */
+        g_assert_true(ram_next_extent_raw(&block.rb, 0, BLOCK_SIZE, &end));
+        g_assert_cmpint(end, ==, 20 * TARGET_PAGE);
+    }
+    machine.postcopy_state = POSTCOPY_INCOMING_END;
+    g_assert_true(is_hole(&block, 0, 20));
+    machine.postcopy_state = POSTCOPY_INCOMING_NONE;
+    g_free(block.rb.receivedmap);
     test_block_destroy(&block);
 }
 
@@ -1664,7 +1934,6 @@ static void test_range_is_zero(void)
 static void test_page_to_read(void)
 {
     TestBlock block;
-    RAMHoleCache cache = { };
     uint8_t *host;
 
     test_block_init(&block);
@@ -1672,16 +1941,15 @@ static void test_page_to_read(void)
     machine.rb = &block.rb;
     fill_pages(&block, 1, 1);
 
-    g_assert_true(ram_page_to_read(NULL, host, TARGET_PAGE) ==
-                  ram_zero_page());
-    g_assert_true(ram_page_to_read(NULL, host + TARGET_PAGE, TARGET_PAGE) ==
+    g_assert_true(ram_page_to_read(host, TARGET_PAGE) == ram_zero_page());
+    g_assert_true(ram_page_to_read(host + TARGET_PAGE, TARGET_PAGE) ==
                   host + TARGET_PAGE);
     /* As large as a dump's pages can be, with data behind the first page */
-    g_assert_true(ram_page_to_read(&cache, host, RAM_ZERO_PAGE_SIZE) == host);
-    g_assert_true(ram_page_to_read(&cache, host + 16 * TARGET_PAGE,
+    g_assert_true(ram_page_to_read(host, RAM_ZERO_PAGE_SIZE) == host);
+    g_assert_true(ram_page_to_read(host + 16 * TARGET_PAGE,
                                    RAM_ZERO_PAGE_SIZE) == ram_zero_page());
     /* Not guest RAM */
-    g_assert_true(ram_page_to_read(NULL, &cache, 1) == &cache);
+    g_assert_true(ram_page_to_read(&block, 1) == &block);
     g_assert_cmpint(allocated_pages(&block), ==, 1);
     test_block_destroy(&block);
 }
@@ -1692,6 +1960,7 @@ int main(int argc, char **argv)
     error_init(argv[0]);
     module_call_init(MODULE_INIT_QOM);
     type_register_static_array(discard_managers, ARRAY_SIZE(discard_managers));
+    type_register_static_array(backends, ARRAY_SIZE(backends));
     machine.ram_holes = true;
 
     g_test_add_func("/ram-holes/hole-and-punched", test_hole_and_punched);
@@ -1699,6 +1968,10 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/keep/discard-disabled", test_discard_disabled);
     g_test_add_func("/ram-holes/keep/rdma", test_rdma);
     g_test_add_func("/ram-holes/keep/mlock", test_mlock);
+    g_test_add_func("/ram-holes/keep/reserved", test_reserved);
+    g_test_add_func("/ram-holes/keep/used", test_used);
+    g_test_add_func("/ram-holes/keep/created-by-qemu", test_created_by_qemu);
+    g_test_add_func("/ram-holes/keep/vhost", test_vhost);
     g_test_add_func("/ram-holes/keep/readonly-fd", test_readonly_fd);
     g_test_add_func("/ram-holes/keep/sealed", test_sealed);
     g_test_add_func("/ram-holes/keep/virtio-mem", test_virtio_mem);
@@ -1723,7 +1996,7 @@ int main(int argc, char **argv)
                     test_postcopy_fault_elsewhere);
     g_test_add_func("/ram-holes/unknown/switched-off", test_switched_off);
     g_test_add_func("/ram-holes/unknown/not-set-up", test_not_set_up);
-    g_test_add_func("/ram-holes/unknown/lseek-refused", test_lseek_refused);
+    g_test_add_func("/ram-holes/unknown/find-failed", test_find_failed);
     g_test_add_func("/ram-holes/unknown/private", test_private);
     add_refusals();
     g_test_add_func("/ram-holes/unknown/anonymous", test_anonymous);
@@ -1733,6 +2006,8 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/private/postcopy", test_private_postcopy);
     g_test_add_func("/ram-holes/private/tmpfs", test_private_tmpfs);
     g_test_add_func("/ram-holes/private/hugetlb", test_private_hugetlb);
+    g_test_add_func("/ram-holes/private/hugetlb-empty",
+                    test_private_hugetlb_empty);
     g_test_add_func("/ram-holes/private/preallocated",
                     test_private_preallocated);
     g_test_add_func("/ram-holes/absent/shmem", test_absent_shmem);
@@ -1746,18 +2021,20 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/absent/private-hugetlb",
                     test_absent_private_hugetlb);
     g_test_add_func("/ram-holes/absent/switched-off", test_absent_switched_off);
+    g_test_add_func("/ram-holes/absent/slices", test_absent_slices);
+    g_test_add_func("/ram-holes/pristine", test_pristine);
+    g_test_add_func("/ram-holes/other-file", test_other_file);
     g_test_add_func("/ram-holes/absent/ignored", test_absent_ignored);
     g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
     g_test_add_func("/ram-holes/thp", test_thp);
     g_test_add_func("/ram-holes/run", test_run);
     g_test_add_func("/ram-holes/clear-memory", test_clear_memory);
-    g_test_add_func("/ram-holes/save/cache", test_save_cache);
-    g_test_add_func("/ram-holes/save/look-ahead", test_save_look_ahead);
+    g_test_add_func("/ram-holes/save/find-hole", test_save_find_hole);
     g_test_add_func("/ram-holes/save/large-page", test_save_large_page);
-    g_test_add_func("/ram-holes/save/precopy", test_save_precopy);
     g_test_add_func("/ram-holes/save/lseek-refused", test_save_lseek_refused);
     g_test_add_func("/ram-holes/save/unknown", test_save_unknown);
     g_test_add_func("/ram-holes/save/hugetlb", test_save_hugetlb);
+    g_test_add_func("/ram-holes/save/not-arrived", test_save_not_arrived);
     g_test_add_func("/ram-holes/save/range-is-zero", test_range_is_zero);
     g_test_add_func("/ram-holes/save/page-to-read", test_page_to_read);
 

@@ -160,21 +160,34 @@ static uint64_t allocated(int fd)
     return st.st_blocks * 512;
 }
 
+/* What @within begins with has to be data (1) or a hole (0); returns its end */
+static uint64_t assert_extent(int fd, uint64_t start, uint64_t limit, int data)
+{
+    SparseRange within = { start, limit };
+    uint64_t end;
+
+    g_assert_cmpint(sparse_file_next_extent(fd, &within, &end), ==, data);
+    g_assert_cmphex(end, >, start);
+    g_assert_cmphex(end, <=, limit);
+    return end;
+}
+
+/* From @from up to @start there is a hole, and then data up to @end */
 static void assert_next_data(int fd, uint64_t from, uint64_t to,
                              uint64_t start, uint64_t end)
 {
-    SparseRange within = { from, to };
-    SparseRange data;
-
-    /* Before Linux 6.5, a large hole is looked at piece by piece */
-    do {
-        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data),
-                        ==, 0);
-        within.start = data.start;
-    } while (sparse_range_is_empty(&data) && data.start < to);
-
-    g_assert_cmphex(data.start, ==, start);
-    g_assert_cmphex(data.end, ==, end);
+    /* Before Linux 6.5, a large extent is looked at piece by piece */
+    while (from < start) {
+        from = assert_extent(fd, from, to, 0);
+    }
+    g_assert_cmphex(from, ==, start);
+    while (from < end) {
+        from = assert_extent(fd, from, to, 1);
+    }
+    g_assert_cmphex(from, ==, end);
+    if (end < to) {
+        assert_extent(fd, end, to, 0);
+    }
 }
 
 static void test_next_data(void)
@@ -206,12 +219,8 @@ static void test_next_data_far(void)
 {
     uint64_t size = FAR + 4 * PAGE;
     int fd = memfd_new(size, 0);
-    SparseRange within = { 0, size };
-    SparseRange data;
 
-    g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
-                    0);
-    if (data.start < size) {
+    if (assert_extent(fd, 0, size, 0) < size) {
         g_test_skip("the kernel has no cachestat(), it would read 20 TiB");
         close(fd);
         return;
@@ -234,36 +243,22 @@ static void test_next_data_not_uptodate(void)
 {
     uint64_t size = 64 * PAGE;
     int fd = memfd_new(size, 0);
-    SparseRange within = { 0, size };
-    SparseRange data;
 
     g_assert_no_errno(fallocate(fd, 0, 7 * PAGE, 5 * PAGE));
     g_assert_cmpint(allocated(fd), ==, 5 * PAGE);
     g_assert_cmpint(lseek(fd, 0, SEEK_DATA), ==, -1);
 
-    g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data), ==,
-                    0);
-    if (sparse_range_is_empty(&data)) {
+    if (assert_extent(fd, 0, size, 0) == size) {
         /* What the kernel cannot count has been read, and is zero */
         g_test_skip("the kernel has no cachestat()");
     } else {
-        g_assert_cmphex(data.start, ==, 7 * PAGE);
-        g_assert_cmphex(data.end, >, 7 * PAGE);
-        g_assert_cmphex(data.end, <=, 12 * PAGE);
-
-        within.start = 11 * PAGE;
-        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data),
-                        ==, 0);
-        g_assert_cmphex(data.start, ==, 11 * PAGE);
-        g_assert_cmphex(data.end, ==, 12 * PAGE);
+        assert_next_data(fd, 0, size, 7 * PAGE, 12 * PAGE);
+        assert_next_data(fd, 11 * PAGE, size, 11 * PAGE, 12 * PAGE);
 
         /* In front of what is data anyway */
         write_bytes(fd, 20 * PAGE, 1, 1);
         assert_next_data(fd, 12 * PAGE, size, 20 * PAGE, 21 * PAGE);
-        within.start = 0;
-        g_assert_cmpint(sparse_file_next_data(fd, &within, UINT64_MAX, &data),
-                        ==, 0);
-        g_assert_cmphex(data.start, ==, 7 * PAGE);
+        assert_next_data(fd, 0, size, 7 * PAGE, 12 * PAGE);
     }
     close(fd);
 }
@@ -294,36 +289,73 @@ static void test_next_data_ends(void)
     }
 }
 
-/* Data is not followed further than asked for, holes are */
+/* An extent ends where the question does */
 static void test_next_data_max(void)
 {
     uint64_t size = 4096 * PAGE;
     int fd = memfd_new(size, 0);
-    SparseRange within = { 0, size };
-    SparseRange data;
 
     write_bytes(fd, 300 * PAGE, 700 * PAGE, 1);
-    for (uint64_t max = PAGE; max <= 1024 * PAGE; max *= 2) {
-        g_assert_cmpint(sparse_file_next_data(fd, &within, max, &data), ==, 0);
-        g_assert_cmphex(data.start, ==, 300 * PAGE);
-        g_assert_cmphex(data.end, ==, (300 + MIN(max / PAGE, 700)) * PAGE);
+    for (uint64_t max = PAGE; max <= 512 * PAGE; max *= 2) {
+        assert_next_data(fd, 300 * PAGE, 300 * PAGE + max,
+                         300 * PAGE, 300 * PAGE + max);
+        assert_next_data(fd, 1000 * PAGE, 1000 * PAGE + max,
+                         1000 * PAGE + max, 1000 * PAGE + max);
     }
     close(fd);
+}
+
+/* Parts of pages: what has any data is data */
+static void test_next_data_unaligned(void)
+{
+    uint64_t size = 64 * PAGE;
+    int fd = memfd_new(size, 0);
+
+    write_bytes(fd, 8 * PAGE + 5, 1, 1);
+    g_assert_cmphex(assert_extent(fd, 8 * PAGE - 1, 8 * PAGE + 1, 0), ==,
+                    8 * PAGE);
+    g_assert_cmphex(assert_extent(fd, 8 * PAGE + 7, 8 * PAGE + 9, 1), ==,
+                    8 * PAGE + 9);
+    g_assert_cmphex(assert_extent(fd, 8 * PAGE + 7, size, 1), ==, 9 * PAGE);
+    g_assert_cmphex(assert_extent(fd, 9 * PAGE + 3, 9 * PAGE + 4, 0), ==,
+                    9 * PAGE + 4);
+    close(fd);
+}
+
+static void test_is_full(void)
+{
+    int fd = memfd_new(16 * PAGE, 0);
+
+    write_bytes(fd, 0, 15 * PAGE, 1);
+    g_assert_false(sparse_file_is_full(fd));
+    g_assert_cmpint(sparse_file_allocated(fd), ==, 15 * PAGE);
+    write_bytes(fd, 15 * PAGE, 1, 1);
+    g_assert_true(sparse_file_is_full(fd));
+    close(fd);
+    g_assert_false(sparse_file_is_full(-1));
+    g_assert_cmpint(sparse_file_allocated(-1), ==, -EBADF);
+}
+
+/* Of a device, statfs() says that it is on the tmpfs that its node is on */
+static void test_is_regular(void)
+{
+    int memfd = memfd_new(PAGE, 0);
+    int device = open("/dev/zero", O_RDWR);
+
+    g_assert_true(sparse_file_is_regular(memfd));
+    g_assert_cmpint(device, >=, 0);
+    g_assert_false(sparse_file_is_regular(device));
+    g_assert_false(sparse_file_is_regular(-1));
+    close(device);
+    close(memfd);
 }
 
 static void test_next_data_refused(void)
 {
     SparseRange within = { 0, PAGE };
-    SparseRange data;
-    int pipes[2];
+    uint64_t end;
 
-    g_assert_no_errno(pipe(pipes));
-    g_assert_cmpint(sparse_file_next_data(pipes[0], &within, UINT64_MAX, &data),
-                    ==, -ESPIPE);
-    g_assert_cmpint(sparse_file_next_data(-1, &within, UINT64_MAX, &data), ==,
-                    -EBADF);
-    close(pipes[0]);
-    close(pipes[1]);
+    g_assert_cmpint(sparse_file_next_extent(-1, &within, &end), ==, -EBADF);
 }
 
 static void test_is_zero(void)
@@ -477,6 +509,10 @@ static void add_file_tests(void)
                     test_next_data_not_uptodate);
     g_test_add_func("/sparse-file/next-data/ends", test_next_data_ends);
     g_test_add_func("/sparse-file/next-data/max", test_next_data_max);
+    g_test_add_func("/sparse-file/next-data/unaligned",
+                    test_next_data_unaligned);
+    g_test_add_func("/sparse-file/is-full", test_is_full);
+    g_test_add_func("/sparse-file/is-regular", test_is_regular);
     g_test_add_func("/sparse-file/next-data/refused", test_next_data_refused);
     g_test_add_func("/sparse-file/is-zero", test_is_zero);
     g_test_add_func("/sparse-file/punch", test_punch);

@@ -330,9 +330,10 @@ static unsigned long *virtio_mem_plug_half(QTestState *qts,
 }
 
 /*
- * Half of the memory is plugged, and has data, zero pages and holes.  There is
- * old data in all of the destination's file, and a page of data where the guest
- * of the source has nothing plugged, which must not be sent.
+ * Half of the memory is plugged, and has data, zero pages and holes.  Without
+ * prealloc=on there is old data in all of the destination's file.  There is a
+ * page of data where the guest of the source has nothing plugged, which must
+ * not be sent.
  */
 static void virtio_mem_plugged(const DeviceMode *mode, bool prealloc)
 {
@@ -363,7 +364,10 @@ static void virtio_mem_plugged(const DeviceMode *mode, bool prealloc)
     stray = g_malloc(vmem.src.page_size);
     memset(stray, 0x5a, vmem.src.page_size);
     guest_ram_write_page(&vmem.src, guest_ram_pages(&vmem.src) - 1, stray);
-    guest_ram_make_stale(&vmem.dst);
+    /* What QEMU has preallocated itself is known to be zero */
+    if (!prealloc) {
+        guest_ram_make_stale(&vmem.dst);
+    }
     guest_ram_state_take(&before, &vmem.src);
 
     sparse_guests_migrate(&vmem.guests, &mode->route, env);

@@ -123,18 +123,21 @@ static const FileCase file_cases[] = {
         .backend = BACKEND_SHM_FILE,
         .modes = ALL_FILES,
         .pattern = PATTERN_MIXED,
+        .expected = EXPECT_DATA_AND_OLD,
         .stale = true,
     }, {
         .name = "shm-file/stale-empty",
         .backend = BACKEND_SHM_FILE,
         .modes = ALL_FILES,
         .pattern = PATTERN_EMPTY,
+        .expected = EXPECT_DATA_AND_OLD,
         .stale = true,
     }, {
         .name = "shm-file-offset/stale",
         .backend = BACKEND_SHM_FILE_OFFSET,
         .modes = ALL_FILES,
         .pattern = PATTERN_RUNS,
+        .expected = EXPECT_DATA_AND_OLD,
         .stale = true,
     }, {
         .name = "shm/stale",
@@ -194,8 +197,16 @@ static const FileCase file_cases[] = {
         .expected = EXPECT_ANY,
         .stale = true,
     }, {
+        /* What QEMU has just created has no old data, and is not read */
         .name = "memfd/prealloc",
         .backend = BACKEND_MEMFD,
+        .modes = ALL_MAPPED,
+        .pattern = PATTERN_MIXED,
+        .expected = EXPECT_DATA_AND_OLD,
+        .object_opts = ",prealloc=on",
+    }, {
+        .name = "shm-file/prealloc",
+        .backend = BACKEND_SHM_FILE,
         .modes = ALL_MAPPED,
         .pattern = PATTERN_MIXED,
         .expected = EXPECT_DATA_AND_OLD,
@@ -536,6 +547,8 @@ out:
 
 #define DISK "disk0"
 #define TAG "snapshot0"
+/* I/O port of the interrupt mask of a PC's first interrupt controller */
+#define PIC_MASK 0x21
 
 static bool job_is_concluded(QTestState *who, const char *id)
 {
@@ -613,6 +626,9 @@ typedef struct SnapshotCase {
     Expected expected;
     const char *object_opts;
     bool hmp;
+    /* The capability sparse-ram, which snapshots ignore, is on meanwhile */
+    bool capability_save;
+    bool capability_load;
 } SnapshotCase;
 
 static const SnapshotCase snapshot_cases[] = {
@@ -622,7 +638,14 @@ static const SnapshotCase snapshot_cases[] = {
     { "memfd/hmp", BACKEND_MEMFD, PATTERN_MIXED, .hmp = true },
     { "memfd/prealloc", BACKEND_MEMFD, PATTERN_MIXED, EXPECT_DATA_AND_OLD,
       ",prealloc=on" },
-    { "shm-file-offset/mixed", BACKEND_SHM_FILE_OFFSET, PATTERN_MIXED },
+    { "memfd/capability-save", BACKEND_MEMFD, PATTERN_MIXED,
+      .capability_save = true },
+    { "memfd/capability-load", BACKEND_MEMFD, PATTERN_MIXED,
+      .capability_load = true },
+    { "memfd/capability", BACKEND_MEMFD, PATTERN_MIXED,
+      .capability_save = true, .capability_load = true },
+    { "shm-file-offset/mixed", BACKEND_SHM_FILE_OFFSET, PATTERN_MIXED,
+      EXPECT_DATA_AND_OLD },
     { "ram-shared/mixed", BACKEND_RAM_SHARED, PATTERN_MIXED },
     { "hugetlb/mixed", BACKEND_HUGETLB, PATTERN_MIXED, EXPECT_ANY },
     { "ram/mixed", BACKEND_RAM, PATTERN_MIXED, EXPECT_ANY },
@@ -661,7 +684,9 @@ static void test_snapshot(const void *opaque)
     }
     guest_ram_prepare(&ram, kinds);
     guest_ram_state_take(&before, &ram);
+    migrate_set_capability(who, "sparse-ram", c->capability_save);
     take(who, c->hmp ? "savevm" : "snapshot-save");
+    migrate_set_capability(who, "sparse-ram", c->capability_load);
     guest_ram_state_take(&saved, &ram);
     if (guest_ram_is_file(&ram)) {
         guest_ram_check_growth(&ram, &before, &saved, RAM_KEPT, 0,
@@ -682,6 +707,40 @@ static void test_snapshot(const void *opaque)
         check_allocation(&ram, kinds, EXPECT_DATA, NULL);
         guest_ram_check_pattern(&ram, kinds);
     }
+    qtest_quit(who);
+    unlink(path);
+    guest_ram_close(&ram);
+}
+
+/* A snapshot has no mapped RAM: loadvm must say so before it resets anything */
+static void test_snapshot_mapped_ram(void)
+{
+    g_autofree char *path = g_strdup_printf("%s/disk", env->tmpfs);
+    g_autofree uint8_t *kinds = NULL;
+    g_autofree char *memory = NULL;
+    g_autofree char *output = NULL;
+    QTestState *who;
+    GuestRam ram;
+
+    guest_ram_init(&ram, BACKEND_MEMFD, ram_size(BACKEND_MEMFD));
+    memory = guest_ram_opts(&ram, NULL);
+    who = qtest_initf("-nodefaults -machine q35 -S %s", memory);
+    guest_ram_open(&ram, who);
+    add_disk(who, path);
+    snapshot(who, "snapshot-save");
+
+    kinds = sparse_pattern_new(PATTERN_MIXED, guest_ram_pages(&ram));
+    guest_ram_punch(&ram);
+    guest_ram_prepare(&ram, kinds);
+    /* The interrupt mask is 0 after a reset */
+    qtest_outb(who, PIC_MASK, 0x5a);
+    migrate_set_capability(who, "mapped-ram", true);
+    output = qtest_hmp(who, "loadvm " TAG);
+    g_test_message("%s", output);
+    g_assert(strstr(output, "mapped-ram"));
+    g_assert_cmphex(qtest_inb(who, PIC_MASK), ==, 0x5a);
+    guest_ram_check_pattern(&ram, kinds);
+
     qtest_quit(who);
     unlink(path);
     guest_ram_close(&ram);
@@ -718,6 +777,8 @@ void migration_test_add_sparse_file(MigrationTestEnv *the_env)
         qtest_add_data_func(path, &idle_cases[i], test_idle);
     }
     migration_test_add("/migration/sparse/file/truncated", test_truncated);
+    migration_test_add("/migration/sparse/loadvm/mapped-ram",
+                       test_snapshot_mapped_ram);
     for (int i = 0; i < ARRAY_SIZE(snapshot_cases); i++) {
         g_autofree char *path = g_strdup_printf("/migration/sparse/loadvm/%s",
                                                 snapshot_cases[i].name);

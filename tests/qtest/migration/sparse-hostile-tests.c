@@ -68,6 +68,8 @@ typedef struct HostileCase {
     const char *capability;
     /* A run that is good is in front of it */
     bool after_run;
+    /* The first pages of the block are, each with a record of its own */
+    uint64_t zero_pages;
     /* What the destination says */
     const char *message;
 } HostileCase;
@@ -165,6 +167,39 @@ static const HostileCase hostile_cases[] = {
         .after_run = true,
         .message = "RAM block 'mem0': a run of 1099511627776 zero pages at "
                    "offset 0x0 is not between 1 and 16384",
+    }, {
+        /* These would be next in a batch of zero pages, but for one thing */
+        .name = "zero-pages/value",
+        .zero_pages = 100,
+        .offset = 100 * PAGE_SIZE,
+        .no_name = true,
+        .value = 2,
+        .message = "Found a zero page with value 2",
+    }, {
+        .name = "zero-pages/end-of-block",
+        .zero_pages = RAM_SIZE / (PAGE_SIZE),
+        .offset = RAM_SIZE,
+        .no_name = true,
+        .message = "Illegal RAM offset 4000000",
+    }, {
+        .name = "zero-pages/flags",
+        .zero_pages = 100,
+        .offset = 100 * PAGE_SIZE | RAM_FLAG_EOS,
+        .no_name = true,
+        .message = "Unknown combination of migration flags: 0x32",
+    }, {
+        .name = "zero-pages/other-block",
+        .zero_pages = 100,
+        .offset = 100 * PAGE_SIZE,
+        .block = "mem1",
+        .message = "Can't find block mem1",
+    }, {
+        .name = "zero-pages/truncated",
+        .zero_pages = 100,
+        .offset = 100 * PAGE_SIZE,
+        .no_name = true,
+        .length = 8,
+        .message = "load of migration failed: Input/output error",
     },
 };
 
@@ -269,6 +304,9 @@ static void put_hostile(GByteArray *stream, const HostileCase *c)
     if (c->after_run) {
         put_run(stream, BACKEND_ID, 0, ZERO_RUN, RAM_SIZE / PAGE_SIZE);
     }
+    for (uint64_t i = 0; i < c->zero_pages; i++) {
+        put_run(stream, i ? NULL : BACKEND_ID, i * PAGE_SIZE, 0, 0);
+    }
     start = stream->len;
     put_run(stream,
             c->no_name ? NULL : c->block ? c->block : BACKEND_ID,
@@ -293,6 +331,7 @@ static void test_hostile(const void *opaque)
     g_autoptr(GByteArray) section = NULL;
     g_auto(GuestRamState) before = { }, after = { };
     const char *reason = sparse_backend_skip_reason(c->backend);
+    uint64_t cleared;
     GuestPair pair;
 
     if (reason) {
@@ -302,7 +341,7 @@ static void test_hostile(const void *opaque)
     if (!guest_pair_start(&pair, c->backend, RAM_SIZE, NULL, redirection)) {
         return;
     }
-    /* What is to be there afterwards, but for "after-a-run", which clears it */
+    /* What is to be there afterwards, but for what good records clear */
     kinds = sparse_pattern_new(PATTERN_MIXED, guest_ram_pages(&pair.dst));
     guest_ram_prepare(&pair.dst, kinds);
     guest_ram_state_take(&before, &pair.dst);
@@ -326,13 +365,12 @@ static void test_hostile(const void *opaque)
 
     text = take_stderr(stderr_path);
     g_assert(strstr(text, c->message));
-    if (c->after_run) {
-        memset(kinds, PAGE_HOLE, guest_ram_pages(&pair.dst));
-    }
+    cleared = c->after_run ? guest_ram_pages(&pair.dst) : c->zero_pages;
+    memset(kinds, PAGE_HOLE, cleared);
     guest_ram_check_pattern(&pair.dst, kinds);
     guest_ram_state_take(&after, &pair.dst);
     guest_ram_check_growth(&pair.dst, &before, &after,
-                           c->after_run ? RAM_RELEASED : RAM_KEPT, 0,
+                           cleared ? RAM_RELEASED : RAM_KEPT, 0,
                            guest_ram_pages(&pair.dst));
     guest_pair_end(&pair);
 }

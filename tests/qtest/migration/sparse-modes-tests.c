@@ -28,9 +28,6 @@
 /* What may be in a file besides the data of the guest's main memory */
 #define FILE_SLACK (3 * MiB)
 
-/* What is below the first MiB of a PC is RAM only up to here */
-#define PC_BASE_MEMORY_END (640 * KiB)
-
 typedef enum SparseTransport {
     TRANSPORT_TCP,
     TRANSPORT_POSTCOPY,
@@ -65,27 +62,65 @@ typedef struct ModeCase {
 
 static const ModeCase mode_cases[] = {
     /*
-     * Without zero page detection holes are sent as data, and are data on the
-     * destination.
+     * Reading a private mapping of a file on tmpfs would fill the file, which
+     * can be a template that others use.
+     */
+    {
+        .name = "private/precopy",
+        .backend = BACKEND_MEMFD_PRIVATE,
+        .pattern = PATTERN_MIXED,
+        .source = RAM_RELEASED,
+        .holes = HOLES_ANY,
+    }, {
+        .name = "private/capability",
+        .backend = BACKEND_MEMFD_PRIVATE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "sparse-ram" },
+        .source = RAM_RELEASED,
+        .holes = HOLES_ANY,
+    }, {
+        .name = "private/multifd",
+        .backend = BACKEND_MEMFD_PRIVATE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "multifd" },
+        .source = RAM_RELEASED,
+        .holes = HOLES_ANY,
+    }, {
+        .name = "private/postcopy",
+        .transport = TRANSPORT_POSTCOPY,
+        .backend = BACKEND_MEMFD_PRIVATE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "postcopy-ram" },
+        .source = RAM_RELEASED,
+        .holes = HOLES_ANY,
+    }, {
+        .name = "private/mapped-ram",
+        .transport = TRANSPORT_FILE,
+        .backend = BACKEND_MEMFD_PRIVATE,
+        .pattern = PATTERN_MIXED,
+        .capabilities = { "mapped-ram" },
+        .source = RAM_RELEASED,
+        .holes = HOLES_ANY,
+    },
+    /*
+     * Without zero page detection, what is populated is sent as data.  Holes
+     * do not have to be detected.
      */
     {
         .name = "none/precopy",
         .pattern = PATTERN_MIXED,
         .zero_page_detection = "none",
-        .holes = HOLES_NOT_COUNTED,
     }, {
         .name = "none/multifd",
         .pattern = PATTERN_MIXED,
         .capabilities = { "multifd" },
         .zero_page_detection = "none",
-        .holes = HOLES_NOT_COUNTED,
     }, {
         .name = "none/multifd-zlib",
         .pattern = PATTERN_MIXED,
         .capabilities = { "multifd" },
         .zero_page_detection = "none",
         .compression = "zlib",
-        .holes = HOLES_NOT_COUNTED,
     }, {
 #ifdef CONFIG_ZSTD
         .name = "none/multifd-zstd",
@@ -93,21 +128,18 @@ static const ModeCase mode_cases[] = {
         .capabilities = { "multifd" },
         .zero_page_detection = "none",
         .compression = "zstd",
-        .holes = HOLES_NOT_COUNTED,
     }, {
 #endif
         .name = "none/hugetlb/precopy",
         .backend = BACKEND_HUGETLB,
         .pattern = PATTERN_MIXED,
         .zero_page_detection = "none",
-        .holes = HOLES_NOT_COUNTED,
     }, {
         .name = "none/hugetlb/multifd",
         .backend = BACKEND_HUGETLB,
         .pattern = PATTERN_MIXED,
         .capabilities = { "multifd" },
         .zero_page_detection = "none",
-        .holes = HOLES_NOT_COUNTED,
     },
 
     /* Compressed, with detection by the multifd threads */
@@ -245,7 +277,6 @@ static const ModeCase mode_cases[] = {
         .pattern = PATTERN_MIXED,
         .capabilities = { "mapped-ram" },
         .zero_page_detection = "none",
-        .holes = HOLES_NOT_COUNTED,
     }, {
         .name = "file/mapped-ram-multifd",
         .transport = TRANSPORT_FILE,
@@ -262,17 +293,11 @@ static const ModeCase mode_cases[] = {
         .file = FILE_SPARSE,
         .sparse_destination = true,
     }, {
-        /*
-         * The position in the file is computed from the address of the page,
-         * and so a page of zeroes cannot take the place of a hole.
-         */
         .name = "file/mapped-ram-multifd-none",
         .transport = TRANSPORT_FILE,
         .pattern = PATTERN_MIXED,
         .capabilities = { "mapped-ram", "multifd" },
         .zero_page_detection = "none",
-        .source = RAM_GROWS,
-        .holes = HOLES_NOT_COUNTED,
     }, {
         .name = "file/mapped-ram-multifd-direct-io",
         .transport = TRANSPORT_FILE,
@@ -702,98 +727,230 @@ out:
     guests_end(&guests);
 }
 
-/* A page of guest RAM and what it is expected to be */
-static void check_dump_page(const Guests *guests, int fd, off_t offset,
-                            uint64_t address, uint64_t *expected_page)
+/*
+ * A write to a private mapping allocates a page of the file, too, which stays
+ * zero, and which the kernel can free at any time.
+ */
+static RamGrowth kept(SparseBackend backend)
 {
-    size_t size = qemu_real_host_page_size();
-    const GuestRam *src = &guests->src;
-    g_autofree uint64_t *buf = g_malloc(size);
-
-    if (address % src->page_size == 0) {
-        sparse_pattern_page(expected_page, guests->kinds,
-                            address / src->page_size, src->page_size);
-    }
-    g_assert_cmpint(pread(fd, buf, size, offset), ==, size);
-    if (memcmp(buf, (char *)expected_page + address % src->page_size, size)) {
-        g_error("guest memory at 0x%" PRIx64 " is wrong in the dump", address);
-    }
+    return backend == BACKEND_MEMFD_PRIVATE ? RAM_RELEASED : RAM_KEPT;
 }
 
-/* Of the main memory, compare what is RAM at the reset of a PC */
-static void check_elf_dump(const Guests *guests, const char *path)
-{
-    uint64_t size = guests->src.size;
-    uint64_t page_size = qemu_real_host_page_size();
-    g_autofree uint64_t *expected_page = g_malloc0(guests->src.page_size);
-    uint64_t compared = 0;
-    Elf64_Ehdr header;
-    int i, fd = open(path, O_RDONLY | O_CLOEXEC);
-
-    g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(pread(fd, &header, sizeof(header), 0), ==, sizeof(header));
-    g_assert_cmpmem(header.e_ident, SELFMAG, ELFMAG, SELFMAG);
-    g_assert_cmpint(header.e_ident[EI_CLASS], ==, ELFCLASS64);
-
-    for (i = 0; i < header.e_phnum; i++) {
-        Elf64_Phdr phdr;
-        uint64_t done;
-
-        g_assert_cmpint(pread(fd, &phdr, sizeof(phdr),
-                              header.e_phoff + i * header.e_phentsize),
-                        ==, sizeof(phdr));
-        if (phdr.p_type != PT_LOAD) {
-            continue;
-        }
-        for (done = 0; done < phdr.p_filesz; done += page_size) {
-            uint64_t address = phdr.p_paddr + done;
-
-            if (address < PC_BASE_MEMORY_END ||
-                (address >= MiB && address < size)) {
-                check_dump_page(guests, fd, phdr.p_offset + done, address,
-                                expected_page);
-                compared += page_size;
-            }
-        }
-    }
-    close(fd);
-    g_assert_cmpuint(compared, ==, size - (MiB - PC_BASE_MEMORY_END));
-}
+/* Where a dump goes to */
+typedef enum DumpTarget {
+    DUMP_FILE,
+    DUMP_FILE_USED,     /* open, with old data in it */
+    DUMP_FILE_APPEND,
+    DUMP_PIPE,
+} DumpTarget;
 
 typedef struct DumpCase {
     const char *name;
     const char *format;
     SparseBackend backend;
+    SparsePattern pattern;
+    DumpTarget target;
+    bool detach;
+    /* Only a part of the memory, unless 0 */
+    uint64_t begin;
+    uint64_t length;
 } DumpCase;
 
+#define DUMP_OLD_SIZE (PATTERN_SIZE / 2 + 12345)
+#define DUMP_OLD_DATA 0xa5
+
 static const DumpCase dump_cases[] = {
-    { "dump/elf", "elf", BACKEND_MEMFD },
-    { "dump/elf-shm-file-offset", "elf", BACKEND_SHM_FILE_OFFSET },
-    { "dump/elf-hugetlb", "elf", BACKEND_HUGETLB },
-    { "dump/kdump-zlib", "kdump-zlib", BACKEND_MEMFD },
-    { "dump/kdump-zlib-hugetlb", "kdump-zlib", BACKEND_HUGETLB },
+    { "dump/elf", "elf", BACKEND_MEMFD, PATTERN_MIXED },
+    { "dump/elf-empty", "elf", BACKEND_MEMFD, PATTERN_EMPTY },
+    { "dump/elf-runs", "elf", BACKEND_MEMFD, PATTERN_RUNS },
+    { "dump/elf-detach", "elf", BACKEND_MEMFD, PATTERN_RUNS, .detach = true },
+    { "dump/elf-used-file", "elf", BACKEND_MEMFD, PATTERN_RUNS,
+      DUMP_FILE_USED },
+    { "dump/elf-append", "elf", BACKEND_MEMFD, PATTERN_RUNS, DUMP_FILE_APPEND },
+    { "dump/elf-pipe", "elf", BACKEND_MEMFD, PATTERN_RUNS, DUMP_PIPE },
+    { "dump/elf-filter", "elf", BACKEND_MEMFD, PATTERN_MIXED,
+      .begin = 2 * MiB + 0x800, .length = 32 * MiB + 0x100 },
+    { "dump/elf-shm-file-offset", "elf", BACKEND_SHM_FILE_OFFSET,
+      PATTERN_MIXED },
+    { "dump/elf-private", "elf", BACKEND_MEMFD_PRIVATE, PATTERN_MIXED },
+    { "dump/elf-hugetlb", "elf", BACKEND_HUGETLB, PATTERN_MIXED },
+    { "dump/elf-hugetlb-filter", "elf", BACKEND_HUGETLB, PATTERN_MIXED,
+      .begin = 2 * MiB + 0x800, .length = 32 * MiB + 0x100 },
+    { "dump/kdump-zlib", "kdump-zlib", BACKEND_MEMFD, PATTERN_MIXED },
+    { "dump/kdump-zlib-detach", "kdump-zlib", BACKEND_MEMFD, PATTERN_RUNS,
+      .detach = true },
+    { "dump/kdump-zlib-private", "kdump-zlib", BACKEND_MEMFD_PRIVATE,
+      PATTERN_MIXED },
+    { "dump/kdump-zlib-hugetlb", "kdump-zlib", BACKEND_HUGETLB, PATTERN_MIXED },
 };
+
+/* Compare a part of the memory that need not begin or end with a page */
+static void check_filtered_dump(const Guests *guests, const DumpCase *c,
+                                const char *path)
+{
+    const GuestRam *ram = &guests->src;
+    g_autofree char *page = g_malloc(ram->page_size);
+    g_autofree char *buf = g_malloc(ram->page_size);
+    uint64_t size;
+    Elf64_Ehdr header;
+    Elf64_Phdr phdr;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(pread(fd, &header, sizeof(header), 0), ==, sizeof(header));
+    /* A note, and the part */
+    g_assert_cmpint(header.e_phnum, ==, 2);
+    g_assert_cmpint(pread(fd, &phdr, sizeof(phdr),
+                          header.e_phoff + header.e_phentsize),
+                    ==, sizeof(phdr));
+    g_assert_cmphex(phdr.p_paddr, ==, c->begin);
+    g_assert_cmphex(phdr.p_filesz, ==, c->length);
+
+    for (uint64_t done = 0; done < c->length; done += size) {
+        uint64_t address = c->begin + done;
+        uint64_t in_page = address % ram->page_size;
+
+        size = MIN(ram->page_size - in_page, c->length - done);
+        sparse_pattern_page((uint64_t *)page, guests->kinds,
+                            address / ram->page_size, ram->page_size);
+        g_assert_cmpint(pread(fd, buf, size, phdr.p_offset + done), ==, size);
+        if (memcmp(page + in_page, buf, size)) {
+            g_error("guest memory at 0x%" PRIx64 " is wrong", address);
+        }
+    }
+    close(fd);
+}
+
+/* QEMU writes shorter holes as zeroes */
+#define DUMP_HOLE_MIN (64 * KiB)
+
+/* What is left of a hole of the guest: the blocks at its ends have data */
+static uint64_t hole_in_dump(uint64_t hole)
+{
+    return hole < DUMP_HOLE_MIN ? 0 : hole - 2 * qemu_real_host_page_size();
+}
+
+static void check_dump_file(const Guests *guests, const char *path)
+{
+    const GuestRam *ram = &guests->src;
+    uint64_t bytes = file_data_bytes(path);
+    uint64_t expected = ram->size + FILE_SLACK, hole = 0;
+
+    for (uint64_t page = 0; page < guest_ram_pages(ram); page++) {
+        if (guests->kinds[page] == PAGE_HOLE) {
+            hole += ram->page_size;
+            continue;
+        }
+        expected -= hole_in_dump(hole);
+        hole = 0;
+    }
+    expected -= hole_in_dump(hole);
+    g_test_message("file has %" PRIu64 " KiB of at most %" PRIu64 " KiB",
+                   bytes / KiB, expected / KiB);
+    g_assert_cmpuint(bytes, <=, expected);
+}
+
+/* Returns the file that is to become the dump, or NULL if QEMU opens it */
+static FILE *open_dump_target(DumpTarget target, const char *path)
+{
+    g_autofree char *old = NULL;
+    g_autofree char *command = NULL;
+
+    switch (target) {
+    case DUMP_FILE_USED:
+        old = g_malloc(DUMP_OLD_SIZE);
+        memset(old, DUMP_OLD_DATA, DUMP_OLD_SIZE);
+        g_assert(g_file_set_contents(path, old, DUMP_OLD_SIZE, NULL));
+        return fopen(path, "r+");
+    case DUMP_FILE_APPEND:
+        return fopen(path, "a");
+    case DUMP_PIPE:
+        command = g_strdup_printf("cat > '%s'", path);
+        return popen(command, "w");
+    default:
+        return NULL;
+    }
+}
+
+static void close_dump_target(DumpTarget target, FILE *file)
+{
+    if (target == DUMP_PIPE) {
+        g_assert_cmpint(pclose(file), ==, 0);
+    } else if (file) {
+        fclose(file);
+    }
+}
+
+static void wait_for_dump(QTestState *who)
+{
+    bool active;
+
+    do {
+        QDict *rsp = qtest_qmp_assert_success_ref(
+            who, "{ 'execute': 'query-dump' }");
+
+        active = g_str_equal(qdict_get_str(rsp, "status"), "active");
+        if (!active) {
+            g_assert_cmpstr(qdict_get_str(rsp, "status"), ==, "completed");
+            g_assert_cmpint(qdict_get_int(rsp, "completed"), ==,
+                            qdict_get_int(rsp, "total"));
+        }
+        qobject_unref(rsp);
+        g_usleep(1000);
+    } while (active);
+}
+
+static void dump_guest(const DumpCase *c, QTestState *who, const char *path)
+{
+    g_autofree char *protocol = NULL;
+    QDict *args = qdict_new();
+    FILE *file = open_dump_target(c->target, path);
+
+    if (file) {
+        int fd = fileno(file);
+
+        qtest_qmp_fds_assert_success(who, &fd, 1, "{ 'execute': 'getfd',"
+                                     "'arguments': { 'fdname': 'dump' } }");
+        protocol = g_strdup("fd:dump");
+    } else {
+        protocol = g_strdup_printf("file:%s", path);
+    }
+    qdict_put_bool(args, "paging", false);
+    qdict_put_bool(args, "detach", c->detach);
+    qdict_put_str(args, "protocol", protocol);
+    qdict_put_str(args, "format", c->format);
+    if (c->length) {
+        qdict_put_int(args, "begin", c->begin);
+        qdict_put_int(args, "length", c->length);
+    }
+    qtest_qmp_assert_success(who, "{ 'execute': 'dump-guest-memory',"
+                             "'arguments': %p }", args);
+    wait_for_dump(who);
+    close_dump_target(c->target, file);
+}
 
 static void test_dump(const void *opaque)
 {
     const DumpCase *c = opaque;
     g_autofree char *path = test_file("dump");
-    g_autofree char *protocol = g_strdup_printf("file:%s", path);
     Guests guests;
 
-    if (!guests_start(&guests, c->backend, PATTERN_MIXED, false)) {
+    if (!guests_start(&guests, c->backend, c->pattern, false)) {
         return;
     }
-    qtest_qmp_assert_success(guests.from, "{ 'execute': 'dump-guest-memory',"
-                             "'arguments': { 'paging': false,"
-                             "'protocol': %s, 'format': %s } }",
-                             protocol, c->format);
-    if (g_str_equal(c->format, "elf")) {
-        check_elf_dump(&guests, path);
-    } else {
+    unlink(path);
+    dump_guest(c, guests.from, path);
+    if (!g_str_equal(c->format, "elf")) {
         check_file(&guests, path);
+    } else if (c->length) {
+        check_filtered_dump(&guests, c, path);
+    } else {
+        check_elf_dump(&guests.src, guests.kinds, path);
+        if (c->target == DUMP_FILE || c->target == DUMP_FILE_USED) {
+            check_dump_file(&guests, path);
+        }
     }
-    check_source(&guests, RAM_KEPT);
+    check_source(&guests, kept(c->backend));
     unlink(path);
     guests_end(&guests);
 }
@@ -823,7 +980,59 @@ static void test_dirty_rate(const void *opaque)
         qobject_unref(rsp);
         g_usleep(10 * 1000);
     } while (!measured);
+    check_source(&guests, kept(*backend));
+    guests_end(&guests);
+}
+
+/* The main memory in a file that pmemsave or memsave has written */
+static void check_saved(const Guests *guests, const char *path, uint64_t start,
+                        uint64_t size)
+{
+    const GuestRam *ram = &guests->src;
+    g_autofree char *saved = NULL;
+    g_autofree uint64_t *page = g_malloc(ram->page_size);
+    gsize length;
+
+    g_assert(g_file_get_contents(path, &saved, &length, NULL));
+    g_assert_cmpuint(length, ==, size);
+    for (uint64_t done = 0; done < size; done += ram->page_size) {
+        sparse_pattern_page(page, guests->kinds,
+                            (start + done) / ram->page_size, ram->page_size);
+        if (memcmp(saved + done, page, ram->page_size)) {
+            g_error("0x%" PRIx64 " is wrong in the file", start + done);
+        }
+    }
+}
+
+/* A CPU that has been reset takes physical addresses, so that both do */
+static void test_debuggers(void)
+{
+    g_autofree char *path = test_file("memory");
+    uint64_t start = 2 * MiB, size = 16 * MiB;
+    Guests guests;
+
+    if (!guests_start(&guests, BACKEND_MEMFD, PATTERN_MIXED, false)) {
+        return;
+    }
+    qtest_qmp_assert_success(guests.from, "{ 'execute': 'pmemsave',"
+                             "'arguments': { 'val': %" PRIu64 ","
+                             "'size': %" PRIu64 ", 'filename': %s } }",
+                             start, size, path);
+    check_saved(&guests, path, start, size);
+    qtest_qmp_assert_success(guests.from, "{ 'execute': 'memsave',"
+                             "'arguments': { 'val': %" PRIu64 ","
+                             "'size': %" PRIu64 ", 'filename': %s } }",
+                             start, size, path);
+    check_saved(&guests, path, start, size);
+    /* Not at a page boundary */
+    qtest_qmp_assert_success(guests.from, "{ 'execute': 'pmemsave',"
+                             "'arguments': { 'val': %" PRIu64 ","
+                             "'size': %" PRIu64 ", 'filename': %s } }",
+                             start + 0x333, size, path);
+    g_free(qtest_hmp(guests.from, "xp /8192gx 0x%" PRIx64, start + size));
+    g_free(qtest_hmp(guests.from, "x /8192gx 0x%" PRIx64, start + size));
     check_source(&guests, RAM_KEPT);
+    unlink(path);
     guests_end(&guests);
 }
 
@@ -917,6 +1126,7 @@ void migration_test_add_sparse_modes(MigrationTestEnv *the_env)
 {
     static const SparseBackend memfd = BACKEND_MEMFD;
     static const SparseBackend shm_file_offset = BACKEND_SHM_FILE_OFFSET;
+    static const SparseBackend memfd_private = BACKEND_MEMFD_PRIVATE;
     int i;
 
     env = the_env;
@@ -929,6 +1139,8 @@ void migration_test_add_sparse_modes(MigrationTestEnv *the_env)
     }
     add_test("dirty-rate/memfd", &memfd, test_dirty_rate);
     add_test("dirty-rate/shm-file-offset", &shm_file_offset, test_dirty_rate);
+    add_test("dirty-rate/memfd-private", &memfd_private, test_dirty_rate);
+    migration_test_add("/migration/sparse/modes/debuggers", test_debuggers);
     migration_test_add("/migration/sparse/modes/snapshot/write",
                        test_snapshot_write);
     migration_test_add("/migration/sparse/modes/other-process/precopy",

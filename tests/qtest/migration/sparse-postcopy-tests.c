@@ -22,6 +22,7 @@
 #include "migration/sparse-util.h"
 #include "qemu/bitmap.h"
 #include "qemu/units.h"
+#include "qobject/qdict.h"
 
 /*
  * What is in guest RAM, in this order: zero pages and some data, which are sent
@@ -111,6 +112,31 @@ static const PostcopyCase postcopy_cases[] = {
     }, {
         .name = "recover/hugetlb",
         .backend = BACKEND_HUGETLB,
+        .recover = true,
+    },
+};
+
+/*
+ * Readers of the destination's RAM other than migration: a page that has not
+ * arrived yet looks like a hole, but must not be taken for zero.
+ */
+static const PostcopyCase reader_cases[] = {
+    {
+        .name = "readers/plain",
+    }, {
+        .name = "readers/preempt",
+        .capabilities = { "postcopy-preempt" },
+    }, {
+        .name = "readers/capability",
+        .capabilities = { "sparse-ram" },
+    }, {
+        .name = "readers/shm-file-offset",
+        .backend = BACKEND_SHM_FILE_OFFSET,
+    }, {
+        .name = "readers/hugetlb",
+        .backend = BACKEND_HUGETLB,
+    }, {
+        .name = "readers/recover",
         .recover = true,
     },
 };
@@ -385,23 +411,33 @@ static void wait_for_status(QTestState *who, const char *goal)
     }
 }
 
-/* Returns the page behind those that were accessed */
-static uint64_t break_and_recover(PostcopyTest *test, uint64_t early)
+static void pause_channel(PostcopyTest *test)
+{
+    migrate_pause(test->from);
+    wait_for_status(test->to, "postcopy-paused");
+    wait_for_status(test->from, "postcopy-paused");
+}
+
+static void recover_channel(PostcopyTest *test)
 {
     g_autofree char *uri = g_strdup_printf("unix:%s/migsocket-recover",
                                            env->tmpfs);
 
-    migrate_pause(test->from);
-    wait_for_status(test->to, "postcopy-paused");
-    wait_for_status(test->from, "postcopy-paused");
+    migrate_recover(test->to, uri);
+    migrate_qmp(test->from, test->to, uri, NULL, "{'resume': true}");
+    wait_for_status(test->to, "postcopy-active");
+}
+
+/* Returns the page behind those that were accessed */
+static uint64_t break_and_recover(PostcopyTest *test, uint64_t early)
+{
+    pause_channel(test);
 
     /* What has been received is there, even if the source is not */
     early = access_received(test, PAGE_HOLE, early, false);
     early = access_received(test, PAGE_HOLE, early, true);
 
-    migrate_recover(test->to, uri);
-    migrate_qmp(test->from, test->to, uri, NULL, "{'resume': true}");
-    wait_for_status(test->to, "postcopy-active");
+    recover_channel(test);
     return early;
 }
 
@@ -481,11 +517,140 @@ static void test_postcopy(const void *opaque)
     test_end(&test);
 }
 
+/* The destination has all of its devices, so that it lets others read */
+static void wait_for_devices(QTestState *to)
+{
+    bool loaded;
+
+    do {
+        QDict *rsp = qtest_qmp_assert_success_ref(
+            to, "{ 'execute': 'query-status' }");
+
+        loaded = !g_str_equal(qdict_get_str(rsp, "status"), "inmigrate");
+        qobject_unref(rsp);
+        g_usleep(1000);
+    } while (!loaded);
+}
+
+/* Wait for a dump to end, but no longer than @timeout us */
+static void wait_for_dump(QTestState *who, int64_t timeout)
+{
+    int64_t start = g_get_monotonic_time();
+    bool active;
+
+    do {
+        QDict *rsp = qtest_qmp_assert_success_ref(
+            who, "{ 'execute': 'query-dump' }");
+
+        g_assert_cmpstr(qdict_get_str(rsp, "status"), !=, "failed");
+        active = g_str_equal(qdict_get_str(rsp, "status"), "active");
+        qobject_unref(rsp);
+        g_usleep(10000);
+    } while (active && g_get_monotonic_time() - start < timeout);
+}
+
+/* What had been received as zero before the barrier has been left alone */
+static void check_early_holes(const PostcopyTest *test)
+{
+    g_autofree unsigned long *allocated = guest_ram_allocated_pages(&test->dst);
+    uint64_t page = page_at(test, EARLY_START);
+
+    if (!allocated || guest_ram_allocation_unit(&test->dst) !=
+                      test->dst.page_size) {
+        return;
+    }
+    for (; page < page_at(test, BARRIER_START); page++) {
+        if (test->kinds[page] != PAGE_DATA && test_bit(page, allocated)) {
+            g_error("page %" PRIu64 " has been allocated by reading", page);
+        }
+    }
+}
+
+/*
+ * The source does not send the barrier before the dump has come to it, as long
+ * as nothing else holds up the dump.
+ */
+static void test_dump_destination(const void *opaque)
+{
+    const PostcopyCase *c = opaque;
+    g_autofree char *path = g_strdup_printf("%s/dump", env->tmpfs);
+    g_autofree char *protocol = g_strdup_printf("file:%s", path);
+    PostcopyTest test;
+
+    if (!test_start(&test, c)) {
+        return;
+    }
+    start_postcopy(&test);
+    wait_for_devices(test.to);
+    if (c->recover) {
+        pause_channel(&test);
+    }
+    qtest_qmp_assert_success(test.to, "{ 'execute': 'dump-guest-memory',"
+                             "'arguments': { 'paging': false, 'detach': true,"
+                             "'protocol': %s, 'format': 'elf' } }", protocol);
+    wait_for_dump(test.to, G_USEC_PER_SEC);
+    if (c->recover) {
+        recover_channel(&test);
+        wait_for_dump(test.to, G_USEC_PER_SEC);
+    }
+    migrate_set_parameter_int(test.from, "max-postcopy-bandwidth", 0);
+    wait_for_dump(test.to, TIMEOUT);
+    wait_for_migration_complete(test.from);
+    wait_for_migration_complete(test.to);
+
+    check_elf_dump(&test.src, test.kinds, path);
+    check_early_holes(&test);
+    unlink(path);
+    test_end(&test);
+}
+
+/* A page that arrives between two samples must not look like a written one */
+static void test_rate_destination(const void *opaque)
+{
+    const PostcopyCase *c = opaque;
+    PostcopyTest test;
+    bool measured;
+
+    if (!test_start(&test, c)) {
+        return;
+    }
+    start_postcopy(&test);
+    wait_for_devices(test.to);
+    qtest_qmp_assert_success(test.to, "{ 'execute': 'calc-dirty-rate',"
+                             "'arguments': { 'calc-time': 1,"
+                             "'sample-pages': 16384 } }");
+    g_usleep(100 * 1000);
+    migrate_set_parameter_int(test.from, "max-postcopy-bandwidth", 0);
+    do {
+        QDict *rsp = qtest_qmp_assert_success_ref(
+            test.to, "{ 'execute': 'query-dirty-rate' }");
+
+        measured = g_str_equal(qdict_get_str(rsp, "status"), "measured");
+        if (measured) {
+            g_assert_cmpint(qdict_get_int(rsp, "dirty-rate"), ==, 0);
+        }
+        qobject_unref(rsp);
+        g_usleep(10 * 1000);
+    } while (!measured);
+    wait_for_migration_complete(test.from);
+    wait_for_migration_complete(test.to);
+    test_end(&test);
+}
+
 void migration_test_add_sparse_postcopy(MigrationTestEnv *the_env)
 {
+    static const PostcopyCase dirty_rate;
     int i;
 
     env = the_env;
+    qtest_add_data_func("/migration/sparse/postcopy/readers/dirty-rate",
+                        &dirty_rate, test_rate_destination);
+    for (i = 0; i < ARRAY_SIZE(reader_cases); i++) {
+        g_autofree char *path = g_strdup_printf("/migration/sparse/postcopy/%s",
+                                                reader_cases[i].name);
+
+        qtest_add_data_func(path, &reader_cases[i], test_dump_destination);
+    }
     for (i = 0; i < ARRAY_SIZE(postcopy_cases); i++) {
         g_autofree char *path = g_strdup_printf("/migration/sparse/postcopy/%s",
                                                 postcopy_cases[i].name);

@@ -8,6 +8,7 @@
 
 #include "qemu/osdep.h"
 
+#include <elf.h>
 #include <linux/falloc.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -750,6 +751,63 @@ void guest_pair_end(GuestPair *pair)
     migrate_end(pair->from, pair->to, false);
     guest_ram_close(&pair->src);
     guest_ram_close(&pair->dst);
+}
+
+/* A page of guest RAM and what it is expected to be */
+static void check_dump_page(const GuestRam *ram, const uint8_t *kinds, int fd,
+                            off_t offset, uint64_t address,
+                            uint64_t *expected_page)
+{
+    size_t size = qemu_real_host_page_size();
+    g_autofree uint64_t *buf = g_malloc(size);
+
+    if (address % ram->page_size == 0) {
+        sparse_pattern_page(expected_page, kinds, address / ram->page_size,
+                            ram->page_size);
+    }
+    g_assert_cmpint(pread(fd, buf, size, offset), ==, size);
+    if (memcmp(buf, (char *)expected_page + address % ram->page_size, size)) {
+        g_error("guest memory at 0x%" PRIx64 " is wrong in the dump", address);
+    }
+}
+
+void check_elf_dump(const GuestRam *ram, const uint8_t *kinds, const char *path)
+{
+    uint64_t size = ram->size;
+    uint64_t page_size = qemu_real_host_page_size();
+    g_autofree uint64_t *expected_page = g_malloc0(ram->page_size);
+    uint64_t compared = 0;
+    Elf64_Ehdr header;
+    int i, fd = open(path, O_RDONLY | O_CLOEXEC);
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(pread(fd, &header, sizeof(header), 0), ==, sizeof(header));
+    g_assert_cmpmem(header.e_ident, SELFMAG, ELFMAG, SELFMAG);
+    g_assert_cmpint(header.e_ident[EI_CLASS], ==, ELFCLASS64);
+
+    for (i = 0; i < header.e_phnum; i++) {
+        Elf64_Phdr phdr;
+        uint64_t done;
+
+        g_assert_cmpint(pread(fd, &phdr, sizeof(phdr),
+                              header.e_phoff + i * header.e_phentsize),
+                        ==, sizeof(phdr));
+        if (phdr.p_type != PT_LOAD) {
+            continue;
+        }
+        for (done = 0; done < phdr.p_filesz; done += page_size) {
+            uint64_t address = phdr.p_paddr + done;
+
+            if (address < PC_BASE_MEMORY_END ||
+                (address >= MiB && address < size)) {
+                check_dump_page(ram, kinds, fd, phdr.p_offset + done, address,
+                                expected_page);
+                compared += page_size;
+            }
+        }
+    }
+    close(fd);
+    g_assert_cmpuint(compared, ==, size - (MiB - PC_BASE_MEMORY_END));
 }
 
 char *take_stderr(const char *path)

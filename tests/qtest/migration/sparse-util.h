@@ -28,6 +28,9 @@
 
 #define BACKEND_ID "mem0"
 
+/* What is below the first MiB of a PC is RAM only up to here */
+#define PC_BASE_MEMORY_END (640 * KiB)
+
 /* What a page of the source is before the migration */
 typedef enum PageKind {
     PAGE_HOLE,
@@ -231,6 +234,13 @@ typedef struct GuestPair {
 bool guest_pair_start(GuestPair *pair, SparseBackend backend, uint64_t size,
                       const char *opts, const char *opts_target);
 void guest_pair_end(GuestPair *pair);
+
+/*
+ * Compare what an ELF dump has of the main memory with the pattern @kinds; of
+ * the main memory only what is RAM at the reset of a PC
+ */
+void check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
+                    const char *path);
 
 /* What a QEMU has printed to a file, which is removed */
 char *take_stderr(const char *path);

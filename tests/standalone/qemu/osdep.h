@@ -33,6 +33,7 @@
 #include <glib.h>
 
 #define ARRAY_SIZE(x) G_N_ELEMENTS(x)
+#define DIV_ROUND_UP(n, d) (((n) + (d) - 1) / (d))
 #define QEMU_ALIGN_DOWN(n, m) ((n) / (m) * (m))
 #define QEMU_ALIGN_UP(n, m) QEMU_ALIGN_DOWN((n) + (m) - 1, (m))
 /* The C library has a macro for this as well, which may be more complete. */
