@@ -128,7 +128,7 @@ bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--q
 	@$(PYTHON) scripts/bench.py $(BENCH_ARGS)
 
 .PHONY: plot
-plot: qemu stock ## Measure and draw docs/figures/ (PLOT_ARGS=--draw only draws them)
+plot: qemu stock ## Measure and draw docs/results/*.svg (PLOT_ARGS=--draw only draws them)
 	@scripts/deps gnuplot-nox fonts-dejavu-core
 	@$(PYTHON) scripts/plot.py $(PLOT_ARGS)
 

@@ -13,7 +13,6 @@ command line or something missing.
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import struct
@@ -34,7 +33,7 @@ from sparseram.operation import (MeasureConfig, Operation, OverTcp, Session,
                                  Times, measure)
 
 # Not docs/devel, which becomes QEMU's with the series
-DIRECTORY = os.path.join(ROOT, 'docs/figures')
+DIRECTORY = os.path.join(ROOT, 'docs/results')
 
 # Of what is made
 LICENCE = 'SPDX-License-Identifier: GPL-2.0-or-later'
@@ -350,13 +349,11 @@ class Plotter:
 
     def _comments(self, size: str) -> List[str]:
         """What the values depend on."""
-        machine = report.machine()
         versions = ', '.join(f'{name} QEMU {version}' for name, version
                              in sorted(self._versions.items()))
-        return ['made by: make plot',
-                f'{versions}; Linux {platform.release()}, '
-                f'{machine["cpus"]} CPUs, shmem huge pages: '
-                f'{machine["shmem_thp"]}',
+        return ['made by: make plot', report.origin(),
+                f'{versions}; shmem huge pages: '
+                f'{report.machine()["shmem_thp"]}',
                 f'accelerator: {self._accel}',
                 f'guest RAM: {size}']
 
