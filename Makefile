@@ -18,16 +18,30 @@ export PYTHON
 BASE ?= $(shell cat patches/default)
 export BASE
 
+# What "make help" leaves out, besides all that is in brackets.
+rare = deps source check-qemu check-old-new check-sanitize faults check-mutations \
+       check-guests real-guest fuzz fuzz-ram random plot port check-series dsc distclean
+short = if (index(rare, " " $$1 " ")) next; sub(/ [(].*|: .*,.*/, "", $$2);
+
+# $(call targets,ACTION): what there is; ACTION of awk: on the name $$1, the text $$2
+define targets
+	@awk -F ':.*## ' -v rare=' $(rare) ' '/^[a-z-]+:.*## / { $(1) \
+		gsub("/BASE", "/$(BASE)", $$2); printf "  %-15s %s\n", $$1, $$2 }' \
+		$(MAKEFILE_LIST)
+endef
+
 .PHONY: help
-help: ## Print this list
+help: ## Print what is needed most
 	@echo "Usage: make TARGET [BASE=SERIES] [QEMU_SRC=DIR] [CC=COMPILER] [JOBS=N]"
-	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/BASE/, "$(BASE)", $$2); \
-		printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	$(call targets,$(short))
 	@echo
 	@echo "BASE is the QEMU series, one of: $(notdir $(patsubst %/suites,%,$(wildcard patches/*/suites))) (default: $(file <patches/default))."
 	@echo "QEMU_SRC=DIR takes the tree of that series in DIR (which is copied, not changed)"
 	@echo "instead of Debian's source package; it is remembered until QEMU_SRC= is said."
+
+.PHONY: help-all
+help-all: ## Print all targets, and what can be said to them
+	$(call targets)
 
 .PHONY: deps
 deps: ## Install the Debian packages that are missing (needs root only then)
@@ -133,15 +147,15 @@ plot: qemu stock ## Measure and draw docs/results/*.svg (PLOT_ARGS=--draw only d
 	@$(PYTHON) scripts/plot.py $(PLOT_ARGS)
 
 .PHONY: docs
-docs: source ## Build QEMU's manual with this project's pages; a warning is a failure
+docs: source ## Build QEMU's manual with our pages; a warning is a failure
 	@scripts/build-docs
 
 .PHONY: edit
-edit: source ## Make a git tree with one commit for each patch, to work in: build/BASE/edit
+edit: source ## Make a git tree, one commit a patch, to work in: build/BASE/edit
 	@scripts/edit-series
 
 .PHONY: save
-save: ## Write what was done in build/BASE/edit back to patches/ and our files
+save: ## Write the commits in build/BASE/edit to patches/ and our files
 	@scripts/save-series
 
 .PHONY: port
@@ -149,7 +163,7 @@ port: source ## Carry patches/ over to another base, in build/BASE/edit: BASE=NE
 	@scripts/port-series
 
 .PHONY: series
-series: source ## Write the series as complete patches, for git am: build/series/
+series: source ## Write the series as complete patches for git am: build/series/
 	@scripts/format-series $(FORMAT_PATCH)
 
 .PHONY: check-series
