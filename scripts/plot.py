@@ -48,6 +48,7 @@ SLOW = 30.0                     # seconds
 RSS_INTERVAL = 0.01             # seconds between two looks at RSS
 RSS_LEAD = 0.5                  # seconds of looking before the migration
 RSS_TAIL = 0.5                  # and after it, at least
+RSS_STEP = 16 * MIB             # what a line does not need to show
 
 # How to draw a series, by the columns after its name
 _TIME_LINE = 'using 1:4:3:5 with yerrorlines lw 2 pt 7 ps 0.6'
@@ -265,21 +266,23 @@ def sizes(largest: int) -> Iterator[int]:
         size *= 2
 
 
-def thin(samples: Sequence[Tuple[float, int, int]],
-         side: int) -> List[Tuple[float, int]]:
+def thin(samples: Sequence[Tuple[float, int, int]], side: int,
+         step: int = RSS_STEP) -> List[Tuple[float, int]]:
     """Of the samples of one side (1 or 2), those that the line needs: where
-    it changes by a MiB, and the ends.
+    it has changed by a step, and the ends.  In MiB.
     """
     kept: List[Tuple[float, int]] = []
     for number, sample in enumerate(samples):
         point = sample[0], round(sample[side] / MIB)
         is_end = number in (0, len(samples) - 1)
-        if kept and (is_end or point[1] != kept[-1][1]):
-            # Where the line still was before it changed
-            before = samples[number - 1][0], kept[-1][1]
+        changed = bool(kept) and abs(point[1] - kept[-1][1]) * MIB >= step
+        if kept and (is_end or changed):
+            # Where the line was before it changed
+            last = samples[number - 1]
+            before = last[0], round(last[side] / MIB)
             if before != kept[-1]:
                 kept.append(before)
-        if is_end or point[1] != kept[-1][1]:
+        if is_end or changed:
             kept.append(point)
     return kept
 

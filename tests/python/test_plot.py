@@ -33,10 +33,16 @@ class Values(unittest.TestCase):
     def test_a_line_keeps_its_corners(self):
         samples = [(time, 5 * MIB, rss * MIB) for time, rss in
                    enumerate((1, 1, 1, 4, 6, 6, 6))]
-        self.assertEqual(plot.thin(samples, 2),
+        self.assertEqual(plot.thin(samples, 2, MIB),
                          [(0, 1), (2, 1), (3, 4), (4, 6), (5, 6), (6, 6)])
-        self.assertEqual(plot.thin(samples, 1), [(0, 5), (5, 5), (6, 5)])
+        self.assertEqual(plot.thin(samples, 1, MIB), [(0, 5), (5, 5), (6, 5)])
         self.assertEqual(plot.thin([], 1), [])
+
+    def test_small_steps_are_left_out(self):
+        samples = [(time, 0, rss * MIB) for time, rss in
+                   enumerate((1, 2, 3, 9, 10, 11))]
+        self.assertEqual(plot.thin(samples, 2, 5 * MIB),
+                         [(0, 1), (2, 3), (3, 9), (4, 10), (5, 11)])
 
 
 class Files(unittest.TestCase):
