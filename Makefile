@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # The front door; `make` alone prints what there is. The work is done by the
-# scripts in scripts/, everything that is made goes below build/.
+# scripts in scripts/ and the programs in lab/, everything that is made goes
+# below build/.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -61,41 +62,41 @@ stock: deps ## Build the same QEMU without the patches: build/BASE/stock/
 
 .PHONY: demo
 demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock QEMU
-	@$(PYTHON) scripts/demo.py
+	@$(PYTHON) -m lab.demo
 
 .PHONY: check
 check: test-binaries rig ## Run all tests that do not take hours (scripts/run-tests --help lists them)
-	@$(PYTHON) scripts/run-tests all
+	@$(PYTHON) -m lab.run_tests all
 
 .PHONY: check-long
 check-long: test-binaries rig ## Run what takes hours: random, faults, old and new, guests, Linux, sanitizers
-	@$(PYTHON) scripts/run-tests long
+	@$(PYTHON) -m lab.run_tests long
 
 .PHONY: check-unit
 check-unit: deps ## Run the unit tests, plain and with sanitizers (no QEMU needed)
-	@$(PYTHON) scripts/run-tests unit
+	@$(PYTHON) -m lab.run_tests unit
 
 .PHONY: check-qtest
 check-qtest: test-binaries ## Run this project's migration tests, against patched and stock QEMU
-	@$(PYTHON) scripts/run-tests qtest
+	@$(PYTHON) -m lab.run_tests qtest
 
 .PHONY: check-qemu
 check-qemu: deps ## Run QEMU's own migration-test (its default set) on the patched build
 	@scripts/build-qemu patched $(test_binaries)
-	@$(PYTHON) scripts/run-tests qemu
+	@$(PYTHON) -m lab.run_tests qemu
 
 .PHONY: check-old-new
 check-old-new: test-binaries ## Migrate between old and new QEMUs (also 7.2), compare streams (minutes)
-	@$(PYTHON) scripts/run-tests old-new-long
+	@$(PYTHON) -m lab.run_tests old-new-long
 
 .PHONY: check-sanitize
 check-sanitize: test-binaries ## Run our migration tests with sanitizers, which takes two more builds (an hour)
-	@$(PYTHON) scripts/run-tests asan tsan
+	@$(PYTHON) -m lab.run_tests asan tsan
 
 .PHONY: check-style
 check-style: source ## Check code, patches and scripts for style; run the scripts' tests
 	@scripts/apply-series
-	@$(PYTHON) scripts/run-tests scripts style
+	@$(PYTHON) -m lab.run_tests scripts style
 
 .PHONY: test-binaries
 test-binaries: deps
@@ -105,13 +106,13 @@ test-binaries: deps
 .PHONY: rig
 rig: deps build/$(BASE)/rig/fail-calls.so
 
-build/$(BASE)/rig/fail-calls.so: tests/rig/fail-calls.c
+build/$(BASE)/rig/fail-calls.so: lab/faults/fail-calls.c
 	@mkdir -p $(@D)
 	@$(CC) -O2 -Wall -Wextra -shared -fPIC -o $@ $<
 
 .PHONY: faults
 faults: qemu rig ## Let migrations fail in all ways (FAULTS_ARGS='--cases 500'; --help has more)
-	@$(PYTHON) tests/rig/faults $(FAULTS_ARGS)
+	@$(PYTHON) -m lab.faults $(FAULTS_ARGS)
 
 .PHONY: check-mutations
 check-mutations: deps ## Break the code on purpose; the stress test has to notice (minutes)
@@ -119,15 +120,15 @@ check-mutations: deps ## Break the code on purpose; the stress test has to notic
 
 .PHONY: check-guests
 check-guests: test-binaries ## Stress all modes with guests that write, TCG and KVM (half an hour)
-	@$(PYTHON) scripts/run-tests guests-long
+	@$(PYTHON) -m lab.run_tests guests-long
 
 .PHONY: real-guest
 real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GUEST_ARGS=--rounds 5)
-	@$(PYTHON) tests/rig/real-guest $(REAL_GUEST_ARGS)
+	@$(PYTHON) -m lab.guest $(REAL_GUEST_ARGS)
 
 .PHONY: fuzz
 fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--seconds 600)
-	@$(PYTHON) scripts/fuzz-stream $(FUZZ_ARGS)
+	@$(PYTHON) -m lab.fuzz $(FUZZ_ARGS)
 
 .PHONY: fuzz-ram
 fuzz-ram: qemu ## The same with libFuzzer and sanitizers, in another build (FUZZ_SECONDS=600)
@@ -135,16 +136,16 @@ fuzz-ram: qemu ## The same with libFuzzer and sanitizers, in another build (FUZZ
 
 .PHONY: random
 random: qemu stock ## Migrate at random, compare with a model (RANDOM_ARGS='--cases 4000')
-	@$(PYTHON) tests/rig/random-migrations $(RANDOM_ARGS)
+	@$(PYTHON) -m lab.random $(RANDOM_ARGS)
 
 .PHONY: bench
 bench: qemu stock ## Measure stock and patched QEMU side by side (BENCH_ARGS=--quick to try it)
-	@$(PYTHON) scripts/bench.py $(BENCH_ARGS)
+	@$(PYTHON) -m lab.bench $(BENCH_ARGS)
 
 .PHONY: plot
 plot: qemu stock ## Measure and draw docs/results/*.svg (PLOT_ARGS=--draw only draws them)
 	@scripts/deps gnuplot-nox fonts-dejavu-core
-	@$(PYTHON) scripts/plot.py $(PLOT_ARGS)
+	@$(PYTHON) -m lab.plot $(PLOT_ARGS)
 
 .PHONY: docs
 docs: source ## Build QEMU's manual with our pages; a warning is a failure
@@ -169,7 +170,7 @@ series: source ## Write the series as complete patches for git am: build/series/
 .PHONY: check-series
 check-series: test-binaries ## Build and test each step of the series (hours; STEPS=5-9 QUICK=1)
 	@scripts/series-tree
-	@$(PYTHON) scripts/check-series $(if $(QUICK),--quick) $(STEPS)
+	@$(PYTHON) -m lab.ci.check_series $(if $(QUICK),--quick) $(STEPS)
 
 .PHONY: dsc
 dsc: deps ## Put the series into Debian's source package: build/BASE/dsc/

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Run the unit tests of a module, reporting in TAP."""
+
+import sys
+import unittest
+
+
+class TapResult(unittest.TestResult):
+    """Prints a line for each test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._subtests_failed = False
+
+    def _line(self, good: bool, test, directive: str = '') -> None:
+        print(f'{"ok" if good else "not ok"} {self.testsRun} '
+              f'{test.id().removeprefix(f"{sys.argv[1]}.")}{directive}',
+              flush=True)
+
+    def startTest(self, test) -> None:
+        self._subtests_failed = False
+        super().startTest(test)
+
+    def addSubTest(self, test, subtest, err) -> None:
+        super().addSubTest(test, subtest, err)
+        if err is not None:
+            self._subtests_failed = True
+            self._bad(test, err)
+
+    def addSuccess(self, test) -> None:
+        if not self._subtests_failed:
+            self._line(True, test)
+
+    def _bad(self, test, err) -> None:
+        for line in self._exc_info_to_string(err, test).splitlines():
+            print(f'# {line}')
+        self._line(False, test, f' - {err[1]!r}'.replace('\n', ' ').replace('#', ''))
+
+    def addError(self, test, err) -> None:
+        super().addError(test, err)
+        self._bad(test, err)
+
+    def addFailure(self, test, err) -> None:
+        super().addFailure(test, err)
+        self._bad(test, err)
+
+    def addSkip(self, test, reason) -> None:
+        super().addSkip(test, reason)
+        self._line(True, test, f' # SKIP {reason}')
+
+
+def main() -> int:
+    """Runs the tests of the module that is named on the command line."""
+    suite = unittest.defaultTestLoader.loadTestsFromName(sys.argv[1])
+    print(f'1..{suite.countTestCases()}')
+    result = TapResult()
+    suite.run(result)
+    return 0 if result.wasSuccessful() else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The same with a guest that writes all the time, and checks what it wrote.
+
+The guest is tests/qtest/migration/i386/sparse-writer.S.  It runs on through
+migrations that are cancelled or fail, and through postcopy whose channel
+breaks and is recovered; in the end it checks all of its pages.
+"""
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import List, Set
+
+from lab import memory
+from lab.cli import memory_floor
+from lab.faults import known
+from lab.faults.attempt import Attempt, Hang, configure
+from lab.faults.cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS,
+                              TO_DESTINATION, Case, Cut, Dice, Moment)
+from lab.faults.peek import Expected
+from lab.faults.run import Job, Result, Tools, require_userfaultfd, run_job
+from lab.faults.sides import Side, Snapshot
+from lab.faults.verdict import check_ended, require
+from lab.guest import writer
+from lab.memory import KIB, MIB, PAGE_SIZE
+from lab.migrate import watched
+
+
+_SIZE = 64 * MIB
+_BASE = 8 * MIB
+_PAGES = (_SIZE - _BASE - 4 * MIB) // PAGE_SIZE
+_FOCUS_MASK = 1023
+
+# Ticks between two writes: 10,000 in a second or so
+_TURN = 200000
+
+# Seconds for all migrations of a case
+_TIMEOUT = 150.0
+
+
+def firmware(seed: int) -> bytes:
+    """The guest's ROM, with its parameters."""
+    return writer.firmware(BASE=_BASE, PAGES=_PAGES, FOCUS_MASK=_FOCUS_MASK,
+                           TURN=_TURN, SEED=seed % (1 << 32))
+
+
+def draw(seed: int) -> List[Case]:
+    """Migrations that fail, one after the other, and one that does not."""
+    dice = Dice(seed)
+    if dice.maybe(0.5):
+        mode = dice.choice(POSTCOPY)
+        cuts = tuple(
+            Cut(0, TO_DESTINATION, dice.randrange(256 * KIB),
+                dice.choice((RESET, CLOSE)), dice.maybe(0.5))
+            for _ in range(1 + dice.randrange(2)))
+        return [Case(seed, mode, dice.choice(('pause', 'cut-recover')),
+                     transport=dice.choice(('unix', 'tcp')),
+                     bandwidth=2 * MIB, switch=dice.randrange(256 * KIB),
+                     moment=Moment(SECONDS, round(dice.uniform(0, 0.3), 3)),
+                     pause_destination=dice.maybe(0.3), cuts=cuts)]
+    cases = []
+    for _ in range(1 + dice.randrange(3)):
+        mode = dice.choice(PRECOPY)
+        fault = dice.choice(('cancel', 'cancel', 'kill-destination', 'cut'))
+        case = Case(seed, mode, fault, bandwidth=4 * MIB,
+                    transport=dice.choice(('unix', 'tcp')),
+                    return_path=dice.maybe(0.5),
+                    moment=Moment(SECONDS, round(dice.uniform(0, 1), 3)))
+        if fault == 'cut':
+            case = replace(case, moment=None, cuts=(
+                Cut(0, TO_DESTINATION, dice.randrange(2 * MIB), RESET,
+                    True),))
+        cases.append(case)
+    return [*cases, Case(seed, dice.choice(PRECOPY), 'none')]
+
+
+class _Live(Job):
+    """One guest at work."""
+
+    def __init__(self, cases: List[Case], tools: Tools, directory: str,
+                 result: Result, stack: ExitStack):
+        super().__init__(directory, result, stack)
+        self._cases = cases
+        self._tools = tools
+        self._rom = os.path.join(directory, 'rom')
+        with open(self._rom, 'wb') as file:
+            file.write(firmware(cases[0].seed))
+
+    def _start(self, name: str, incoming: bool) -> Side:
+        side = Side(name, self._tools.qemu, _SIZE, 'memfd', incoming=incoming,
+                    extra_args=('-bios', self._rom, '-serial',
+                                f'file:{self._serial(name)}',
+                                *self._tools.extra_args))
+        self._stack.enter_context(side)
+        self._sides.append(side)
+        return side
+
+    def _serial(self, name: str) -> str:
+        return os.path.join(self._directory, f'{name}-serial')
+
+    def _said(self, name: str) -> str:
+        try:
+            with open(self._serial(name), encoding='ascii') as file:
+                said = file.read()
+        except FileNotFoundError:
+            return ''
+        require('X' not in said, f'the guest on the {name} has found a page '
+                'that is wrong')
+        return said
+
+    def _wait_for(self, name: str, what: str, more: int, watchdog) -> None:
+        goal = self._said(name).count(what) + more
+        while self._said(name).count(what) < goal:
+            if watchdog.tripped:
+                raise Hang(f'the guest on the {name} does not go on')
+            time.sleep(0.02)
+
+    def _poke(self, side: Side, name: str, value: int) -> None:
+        side.write(writer.assemble().addresses[name],
+                   value.to_bytes(4, 'little'))
+
+    def run(self) -> None:
+        if any(case.how.postcopy for case in self._cases):
+            require_userfaultfd()
+        source = self._start('source', False)
+        with watched(self._sides, memory_floor(), _TIMEOUT) as watchdog:
+            source.qmp('cont')
+            self._wait_for('source', 'B', 4, watchdog)
+            on: Set[str] = set()
+            for number, case in enumerate(self._cases):
+                name = f'destination-{number}'
+                destination = self._start(name, True)
+                on = self._migrate(case, number, source, destination, on,
+                                   watchdog)
+                if self._result.outcome.startswith('QEMU 10.0'):
+                    return
+                if self._result.outcome:
+                    break               # what had to happen came too late
+            self._check_by_guest(name, destination, watchdog)
+
+    def _migrate(self, case: Case, number: int, source: Side,
+                 destination: Side, on: Set[str], watchdog) -> Set[str]:
+        extra = {'return-path'} if case.return_path else set()
+        configure(destination, case.how, set(), extra)
+        on = configure(source, case.how, on, extra, case.bandwidth)
+        source.qmp('migrate-set-parameters', **{'downtime-limit': 1000})
+        if case.how.postcopy:
+            # Let it run as soon as it can
+            destination.qmp('cont')
+        directory = os.path.join(self._directory, str(number))
+        os.mkdir(directory)
+        empty = Snapshot(source.ram)
+        self._stack.callback(empty.close)
+        attempt = Attempt(case, source, destination, directory,
+                          Expected(empty), watchdog)
+        ending = attempt.run()
+        bug = known.recognize(case, ending, destination.ended())
+        for side in (source, destination):
+            check_ended(side, case, False, bug)
+        self._result.happened |= ending.happened
+        if bug:
+            self._result.outcome = f'QEMU 10.0: {bug}'
+        elif ending.destination == 'completed':
+            require(ending.source == 'completed', 'the destination has '
+                    f'completed, and the source has {ending.source}')
+            self._result.outcome = ('recovered' if ending.recoveries
+                                    else 'completed')
+            self._check_completed(case, source, destination)
+        else:
+            require(case.fault != 'none' and not ending.ran,
+                    f'source {ending.source}, destination '
+                    f'{ending.destination}')
+            if ending.source == 'completed':
+                source.qmp('cont')      # as a management tool does
+            require(source.status() == 'running', 'after a migration that '
+                    f'{ending.source} the source is {source.status()}')
+            self._wait_for('source', 'B', 2, watchdog)
+        return on
+
+    def _check_completed(self, case: Case, source: Side,
+                         destination: Side) -> None:
+        require(source.status() == 'postmigrate',
+                f'the source is {source.status()} after the migration')
+        if case.how.postcopy:
+            return                      # the guest has run on since
+        comparison = memory.compare(source.ram, destination.ram)
+        require(comparison.identical,
+                f'{comparison.differing_pages} pages differ, the first at '
+                f'{comparison.first_difference or 0:#x}')
+
+    def _check_by_guest(self, name: str, destination: Side,
+                        watchdog) -> None:
+        """The guest's own opinion, and that it goes on."""
+        if destination.status() == 'running':
+            self._wait_for(name, 'B', 2, watchdog)
+            destination.qmp('stop')
+        self._poke(destination, 'VERIFY', 1)
+        destination.qmp('cont')
+        self._wait_for(name, 'V', 1 - self._said(name).count('V'), watchdog)
+        self._wait_for(name, 'B', 2, watchdog)
+
+
+def run_live(seed: int, tools: Tools) -> Result:
+    """Run one guest through its migrations."""
+    cases = draw(seed)
+    result = run_job(Result(cases[0]), lambda directory, result, stack:
+                     _Live(cases, tools, directory, result, stack))
+    if result.complaint:
+        result.complaint += ' (' + '; '.join(case.describe()
+                                             for case in cases) + ')'
+    return result

@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One operation that reads all of a guest's RAM, measured.
+
+Each kind of operation is a small class whose run() does it; measure() starts
+the guests, prepares RAM, and looks at what came of it.
+"""
+
+import os
+import random
+import socket
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import (Any, Callable, Dict, Iterable, List, Optional, Protocol,
+                    Tuple)
+
+from lab import memory
+from lab.host import SHM
+from lab.measure.ping import Pinger
+from lab.memory import GIB, MIB, PAGE_SIZE, Sample
+from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
+                         configure, listen, watched, why_failed)
+from lab.qemu import BACKENDS, Guest
+
+# Seconds between two looks at how far it is
+_POLL_INTERVAL = 0.02
+
+# No limit that could hide a cost (max-postcopy-bandwidth has none by default)
+_BANDWIDTH = 1 << 40            # bytes per second
+
+# Of the pages that are written to at the switchover, the first one: below it a
+# PC has ROM
+_FIRST_DIRTY = 1 * MIB // PAGE_SIZE
+
+# Commands of qtest that are sent before their answers are read
+_QTEST_BATCH = 256
+
+
+def wait_until(done: Callable[[], bool], watchdog: Watchdog) -> None:
+    """Poll; raises MigrationAborted when the watchdog says so."""
+    while not done():
+        if watchdog.tripped:
+            # Also ends what has to be cancelled: the guests are killed
+            raise MigrationAborted(watchdog.tripped)
+        time.sleep(_POLL_INTERVAL)
+
+
+@dataclass
+class Session:
+    """The guests of one measurement, ready for the operation.
+
+    destination: None if the operation has no use for one.
+    directory: for temporary files; removed afterwards.
+    """
+    source: Guest
+    destination: Optional[Guest]
+    watchdog: Watchdog
+    directory: str
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Poll; raises MigrationAborted when the watchdog says so."""
+        wait_until(done, self.watchdog)
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long an operation took, in seconds.
+
+    total: as QEMU says it, or else wall.
+    wall: on our own clock, from the command until both sides are done.
+    load: until a guest has read the file that was written; of a migration
+    file, as the destination's events say it.
+    ram: statistics of the source, as query-migrate names them.
+    downtime: from the source's event that it begins to save the devices to the
+    destination's that all is there; with postcopy, as the source says it.
+    """
+    total: float
+    wall: float
+    load: Optional[float] = None
+    ram: Dict[str, Any] = field(default_factory=dict)
+    downtime: Optional[float] = None
+
+
+class Operation(Protocol):
+    """Something to do with a guest."""
+
+    @property
+    def loads(self) -> bool:
+        """Whether a second guest has the first one's RAM afterwards."""
+
+    @property
+    def must_have_run(self) -> bool:
+        """Whether QEMU cannot do it to a guest that never ran."""
+
+    def run(self, session: Session) -> Times:
+        """Do it, wait until it is done."""
+
+    def file_size(self, size: int) -> int:
+        """Bytes that a guest of this size may need of the directory."""
+
+
+def _start(guest: Guest, uri: str) -> None:
+    guest.qmp('migrate', uri=uri)
+
+
+def _wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
+    """Wait until a side has completed; returns its query-migrate."""
+    info: Dict[str, Any] = {}
+
+    def done() -> bool:
+        info.clear()
+        info.update(guest.query_migrate())
+        if info.get('status') in ('failed', 'cancelled'):
+            raise MigrationFailed(why_failed(session.destination or guest,
+                                             info))
+        return info.get('status') == 'completed'
+
+    session.wait_until(done)
+    return info
+
+
+def _times(session: Session, guest: Guest) -> Dict[str, float]:
+    """When the migration got where; only after it has completed."""
+    times: Dict[str, float] = {}
+
+    def complete() -> bool:
+        guest.status()      # reads events, too
+        times.update(guest.migration_times())
+        return 'completed' in times
+
+    session.wait_until(complete)
+    return times
+
+
+def dirty_pages(size: int, percent: int) -> List[int]:
+    """Numbers of so many pages of RAM, at random, always the same ones."""
+    pages = range(_FIRST_DIRTY, size // PAGE_SIZE)
+    return sorted(random.Random(0).sample(pages, len(pages) * percent // 100))
+
+
+def write_by_qtest(guest: Guest, pages: List[int]) -> None:
+    """Write to pages of a guest that does not run, and let QEMU notice."""
+    with tempfile.TemporaryDirectory(prefix='sparse-ram-') as directory, \
+         socket.socket(socket.AF_UNIX) as connection:
+        path = os.path.join(directory, 'qtest')
+        guest.qmp('chardev-add', id='qtest', backend={
+            'type': 'socket', 'data': {
+                'addr': {'type': 'unix', 'data': {'path': path}},
+                'server': True, 'wait': False}})
+        guest.qmp('object-add', id='qtest-server', chardev='qtest',
+                  **{'qom-type': 'qtest', 'log': '/dev/null'})
+        connection.connect(path)
+        with connection.makefile('rwb') as file:
+            for first in range(0, len(pages), _QTEST_BATCH):
+                batch = pages[first:first + _QTEST_BATCH]
+                file.write(b''.join(
+                    b'write 0x%x 0x8 0x%016x\n' % (page * PAGE_SIZE, ~page
+                                                   & (1 << 64) - 1)
+                    for page in batch))
+                file.flush()
+                for _ in batch:
+                    line = file.readline()
+                    if not line.startswith(b'OK'):
+                        raise MigrationFailed(f'qtest: {line!r}')
+
+
+@dataclass(frozen=True)
+class OverTcp:
+    """A migration from the source to the destination, through loopback.
+
+    postcopy: switch to postcopy as soon as it has started.
+    meanwhile: called once it has started.
+    dirty: percent of the pages to write to just before the switchover, when
+    all have been sent; RAM of at most 2 GiB.  That takes no time that counts.
+    """
+    capabilities: Tuple[str, ...] = ()
+    parameters: Dict[str, Any] = field(default_factory=dict)
+    postcopy: bool = False
+    meanwhile: Optional[Callable[[Session], None]] = None
+    dirty: int = 0
+    loads = True
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        assert session.destination
+        for guest in (session.source, session.destination):
+            configure(guest, (*self.capabilities, 'events'),
+                      {'max-bandwidth': _BANDWIDTH, **self.parameters})
+            guest.migration_times()     # forget what was before
+        if self.dirty:
+            configure(session.source, ('pause-before-switchover',), {})
+        address = listen(session.destination)
+        started = time.monotonic()
+        _start(session.source, address)
+        if self.meanwhile:
+            self.meanwhile(session)
+        if self.postcopy:
+            session.source.qmp('migrate-start-postcopy')
+        if self.dirty:
+            self._dirty(session)
+        info = _wait_for_migration(session, session.source)
+        _wait_for_migration(session, session.destination)
+        wall = time.monotonic() - started
+        if self.postcopy and not info['ram'].get('postcopy-bytes'):
+            raise MigrationFailed('it never switched to postcopy')
+        downtime = info['downtime'] / 1000
+        sent = _times(session, session.source)
+        received = _times(session, session.destination)
+        if 'device' in sent and not self.postcopy:
+            downtime = received['completed'] - sent['device']
+        paused = (sent['device'] - sent['pre-switchover'] if self.dirty
+                  else 0.0)
+        return Times(info['total-time'] / 1000 - paused, wall - paused,
+                     ram=info['ram'], downtime=downtime)
+
+    def _dirty(self, session: Session) -> None:
+        source = session.source
+        session.wait_until(
+            lambda: source.query_migrate()['status'] == 'pre-switchover')
+        write_by_qtest(source, dirty_pages(source.ram.size, self.dirty))
+        source.qmp('migrate-continue', state='pre-switchover')
+
+    def file_size(self, _: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class ToFile:
+    """A migration of the source to a file, which the destination then loads.
+
+    saving: capabilities that only the source has.
+    piped: let cat write and read the file, as a QEMU older than 8.2 needs.
+    """
+    capabilities: Tuple[str, ...] = ()
+    saving: Tuple[str, ...] = ()
+    parameters: Dict[str, Any] = field(default_factory=dict)
+    piped: bool = False
+    loads = True
+
+    @property
+    def must_have_run(self) -> bool:
+        """Of a guest in "prelaunch", QEMU aborts taking a snapshot."""
+        return 'background-snapshot' in self.saving
+
+    def run(self, session: Session) -> Times:
+        assert session.destination
+        parameters = {'max-bandwidth': _BANDWIDTH, **self.parameters}
+        configure(session.source, self.capabilities + self.saving, parameters)
+        configure(session.destination, (*self.capabilities, 'events'),
+                  parameters)
+        path = os.path.join(session.directory, 'state')
+        save, load = (('exec:cat >', 'exec:cat ') if self.piped
+                      else ('file:', 'file:'))
+
+        started = time.monotonic()
+        _start(session.source, save + path)
+        info = _wait_for_migration(session, session.source)
+        saved = time.monotonic()
+        session.destination.migration_times()   # forget what was before
+        session.destination.qmp('migrate-incoming', uri=load + path)
+        _wait_for_migration(session, session.destination)
+        loaded = _times(session, session.destination)
+        return Times(info['total-time'] / 1000, saved - started,
+                     loaded['completed'] - min(loaded.values()), info['ram'])
+
+    def file_size(self, size: int) -> int:
+        # With every page sent as data, which is what mapped-ram may come to
+        return size + size // 64
+
+
+@dataclass(frozen=True)
+class InternalSnapshot:
+    """savevm to a new qcow2 image, and loadvm right afterwards."""
+    loads = False
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        guest = session.source
+        path = os.path.join(session.directory, 'disk')
+        snapshot = {'tag': 'snapshot', 'vmstate': 'disk', 'devices': ['disk']}
+
+        self._run_job(session, 'blockdev-create', options={
+            'driver': 'file', 'filename': path, 'size': 0})
+        guest.qmp('blockdev-add', driver='file', filename=path,
+                  **{'node-name': 'file'})
+        self._run_job(session, 'blockdev-create', options={
+            'driver': 'qcow2', 'file': 'file', 'size': 1 << 20})
+        guest.qmp('blockdev-add', driver='qcow2', file='file',
+                  **{'node-name': 'disk'})
+
+        started = time.monotonic()
+        self._run_job(session, 'snapshot-save', **snapshot)
+        saved = time.monotonic()
+        self._run_job(session, 'snapshot-load', **snapshot)
+        return Times(saved - started, saved - started,
+                     time.monotonic() - saved)
+
+    @staticmethod
+    def _run_job(session: Session, command: str, **arguments: Any) -> None:
+        guest = session.source
+
+        def concluded() -> bool:
+            jobs = {job['id']: job for job in guest.qmp('query-jobs')}
+            return bool(jobs['job']['status'] == 'concluded')
+
+        guest.qmp(command, **{'job-id': 'job', **arguments})
+        session.wait_until(concluded)
+        error = guest.qmp('query-jobs')[0].get('error')
+        guest.qmp('job-dismiss', id='job')
+        if error:
+            raise MigrationFailed(f'{command}: {error}')
+
+    def file_size(self, size: int) -> int:
+        return size + size // 64
+
+
+@dataclass(frozen=True)
+class Dump:
+    """dump-guest-memory, without paging.
+
+    dump_format: 'elf', 'kdump-zlib', ...
+    """
+    dump_format: str
+    loads = False
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        path = os.path.join(session.directory, 'dump')
+        started = time.monotonic()
+        session.source.qmp('dump-guest-memory', paging=False, detach=False,
+                           protocol=f'file:{path}', format=self.dump_format)
+        wall = time.monotonic() - started
+        return Times(wall, wall)
+
+    def file_size(self, size: int) -> int:
+        return size + size // 64
+
+
+@dataclass(frozen=True)
+class DirtyRate:
+    """calc-dirty-rate for one second by page sampling.
+
+    pages: to sample in each GiB of RAM.
+    """
+    pages: int
+    loads = False
+    must_have_run = False
+
+    def run(self, session: Session) -> Times:
+        source = session.source
+        started = time.monotonic()
+        source.qmp('calc-dirty-rate', mode='page-sampling',
+                   **{'calc-time': 1, 'sample-pages': self.pages})
+        session.wait_until(
+            lambda: source.qmp('query-dirty-rate')['status'] == 'measured')
+        wall = time.monotonic() - started
+        return Times(wall, wall)
+
+    def file_size(self, _: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What to measure.  Sizes in bytes.
+
+    destination: the destination's backend, if it has another one.
+    fill: None for an idle guest, or n for data in every n-th page.
+    scatter: how much data to spread over RAM, see memory.scatter().
+    capabilities: those of the operation come on top.
+    directory: where temporary files may go.
+    verify: compare the guests' RAM afterwards; takes long for a lot of data.
+    memory_floor, timeout: as in MigrateConfig.
+    """
+    binary: str
+    size: int
+    directory: str
+    backend: str = 'memfd'
+    destination: Optional[str] = None
+    fill: Optional[int] = None
+    scatter: Optional[int] = None
+    capabilities: Tuple[str, ...] = ()
+    accel: str = 'tcg'
+    verify: bool = True
+    extra_args: Tuple[str, ...] = ()
+    memory_floor: int = 1 * GIB
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured once.  Sizes in bytes, times in seconds.
+
+    source, destination: what was added meanwhile, by side.
+    expected_holes: pages of RAM that were holes before; None if the backend
+    does not tell, or if a hole may not be a zero page.
+    holes: what query-migrate said; None if it does not say.
+    differing_pages: None if that was not looked at.
+    """
+    version: str
+    times: Times
+    source: 'Growth'
+    destination: Optional['Growth']
+    expected_holes: Optional[int]
+    holes: Optional[int]
+    differing_pages: Optional[int]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a process has more of than before.
+
+    ram: bytes of guest RAM: of its file, or, with anonymous RAM, of the
+    process's anonymous memory.
+    page_tables: bytes.  cpu: seconds of processor time.
+    rss_peak: bytes that were resident at most, over those before.
+    silence: seconds that the monitor took for an answer, at most.
+    """
+    ram: int
+    page_tables: int
+    cpu: float
+    rss_peak: int
+    silence: float = 0.0
+
+
+def ram_growth(before: Sample, after: Sample) -> int:
+    """Bytes of guest RAM allocated meanwhile, see Growth."""
+    if before.allocated is None or after.allocated is None:
+        return after.rss_anon - before.rss_anon
+    return after.allocated - before.allocated
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds of processor time that a process has used so far.
+
+    Not those of /proc/PID/stat, which come in ticks.
+    """
+    # As clock_getcpuclockid(3) makes it
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+class _Meter:
+    """Remembers how a guest was, tells how it has grown."""
+
+    def __init__(self, guest: Guest, pinger: Pinger):
+        self._guest = guest
+        self._pinger = pinger
+        memory.reset_rss_peak(guest.pid)
+        self._before = guest.sample()
+        self._cpu = cpu_time(guest.pid)
+
+    def growth(self) -> Growth:
+        """Since this was made.  The pinger has to have ended."""
+        after = self._guest.sample()
+        return Growth(ram_growth(self._before, after),
+                      after.page_tables - self._before.page_tables,
+                      cpu_time(self._guest.pid) - self._cpu,
+                      after.rss_peak - self._before.rss,
+                      self._pinger.longest)
+
+
+def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
+    """Pages of guest RAM that are holes and so zero, None if unknown."""
+    allocated = ram.allocated()
+    if allocated is None or backend == 'memfd-private':
+        return None
+    return (ram.size - allocated) // PAGE_SIZE
+
+
+def ram_file(stack: ExitStack, backend: str, size: int,
+              directory: str) -> str:
+    """A guest's own file for its RAM, if the backend wants one; its name.
+
+    directory: for a file that is not to be memory.
+    """
+    reserved = BACKENDS[backend].reserved
+    if reserved is None:
+        return ''
+    file = stack.enter_context(tempfile.NamedTemporaryFile(
+        prefix='sparse-ram-', dir=SHM if reserved else directory))
+    if reserved:
+        os.posix_fallocate(file.fileno(), 0, size)
+    os.truncate(file.name, size)
+    return file.name
+
+
+def measure(operation: Operation, config: MeasureConfig) -> Measurement:
+    """Start a stopped guest, prepare its RAM, do it, measure, end it all.
+
+    Raises MigrationFailed or GuestError; nothing is left behind then either.
+    """
+    with ExitStack() as stack:
+        # Entered first, removed last: no guest writes there any more
+        directory = stack.enter_context(tempfile.TemporaryDirectory(
+            prefix='tmp-', dir=config.directory))
+        # The name of a socket must not be long
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(
+            prefix='sparse-ram-'))
+
+        def guest(name: str, backend: str, incoming: bool = False) -> Guest:
+            return stack.enter_context(Guest(
+                name, config.binary, config.size, backend=backend,
+                accel=config.accel, paused=True, incoming=incoming,
+                ram_file=ram_file(stack, backend, config.size, directory),
+                extra_args=(
+                    '-qmp', f'unix:{sockets}/{name},server=on,wait=off',
+                    *config.extra_args)))
+
+        guests = [guest('source', config.backend)]
+        if operation.loads:
+            guests += [guest('destination',
+                             config.destination or config.backend, True)]
+        watchdog = stack.enter_context(
+            watched(guests, config.memory_floor, config.timeout))
+        if operation.must_have_run:
+            guests[0].qmp('cont')
+            guests[0].qmp('stop')
+        if config.fill:
+            memory.fill(guests[0].ram, config.fill)
+        if config.scatter:
+            memory.scatter(guests[0].ram, config.scatter)
+        for each in guests:
+            configure(each, config.capabilities, {})
+        expected = count_holes(guests[0].ram, config.backend)
+        with ExitStack() as pinging:
+            meters = [_Meter(each, pinging.enter_context(
+                Pinger(os.path.join(sockets, each.name)))) for each in guests]
+            times = operation.run(Session(
+                guests[0], guests[1] if operation.loads else None, watchdog,
+                directory))
+        growths = [meter.growth() for meter in meters]
+        measured = Measurement(
+            version=guests[0].version(), times=times,
+            source=growths[0],
+            destination=growths[1] if operation.loads else None,
+            expected_holes=expected,
+            holes=times.ram.get('holes'),
+            differing_pages=_differing_pages(guests, config.verify))
+    return measured
+
+
+def _differing_pages(guests: Iterable[Guest], verify: bool) -> Optional[int]:
+    rams = [guest.ram for guest in guests]
+    if not verify or len(rams) != 2:
+        return None
+    return memory.compare(*rams).differing_pages

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrate between the patched QEMU and QEMUs without the patches.
+
+Those are the stock QEMU of the same version, and Debian 12's QEMU 7.2 (see
+scripts/get-old-qemu), each as the source and as the destination.  All bytes of
+guest RAM are compared, and the patched side must have no more allocated than
+what it had before and what has data; what the other side has is its own affair.
+The patched destination starts with other data in its RAM.
+
+Output is TAP.
+"""
+
+import argparse
+import importlib
+import os
+import random
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+from lab import content, host, memory
+from lab.base import BUILD
+from lab.ci.cases import Case, Failure, Skip, add_arguments, expect, run_cases
+from lab.cli import check_binaries, memory_floor, run_main
+from lab.measure.operation import Operation, OverTcp, Session, ToFile
+from lab.memory import MIB, PAGE_SIZE, Extent
+from lab.migrate import MigrationFailed, configure, settle, watched
+from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
+
+SIZE = 128 * MIB
+SEED = 7                        # of what is in the source's RAM
+OLD_SEED = 8                    # of what was in the destination's
+TIMEOUT = 240.0                 # seconds, for what takes a few
+# Of a migration that RAM is written to meanwhile: where this process gets no
+# processor time for long enough, QEMU finds nothing that is dirty
+TRIES = 5
+
+PATCHED, STOCK, OLD = 'patched', 'stock', '7.2'
+
+# Seconds that a guest has to run for on the destination
+RUN_TIME = 0.3
+
+
+class EndedTooSoon(Exception):
+    """The migration did not wait for a Writer; says how it is."""
+
+
+class Writer:
+    """Writes into the source's RAM while it is migrated, as the guest would.
+
+    Through qtest, which marks what it writes to as dirty.  Goes on until there
+    were some rounds of the migration, and then lets it end.
+
+    touched: the pages that were written to.
+    """
+    ROUNDS = 5
+    # Written to each time, a few bytes of it: for xbzrle
+    HOT_PAGES = 20
+    OTHER_PAGES = 200
+    # QEMU ends by itself if hardly a page is dirty when a round has ended.  So most
+    # of RAM is sent fast, but then each tenth of a second has room for less
+    # data than is made dirty meanwhile.
+    FAST, SLOW = 24 * MIB, 1 * MIB      # bytes per second
+    FAST_UNTIL = 12 * MIB               # that are left
+    PARAMETERS = {'max-bandwidth': FAST, 'downtime-limit': 1}
+
+    def __init__(self, path: str, xbzrle: bool):
+        """path: of the qtest socket, see arguments()."""
+        self._path = path
+        self._xbzrle = xbzrle
+        self._fast = True
+        self._rng = random.Random(SEED)
+        # Above what is not RAM on a PC
+        pages = range(MIB, SIZE, PAGE_SIZE)
+        self._hot = self._rng.sample(pages, self.HOT_PAGES)
+        self._others = self._rng.sample(pages, self.OTHER_PAGES)
+        self.touched: Set[int] = set(self._hot)
+
+    def arguments(self) -> Sequence[str]:
+        """For the source's command line."""
+        return ('-qtest', f'unix:{self._path},server=on,wait=off',
+                '-qtest-log', '/dev/null')
+
+    def _write(self, qtest: Any) -> None:
+        """Change all hot pages, and some of the others."""
+        for page in self._hot:
+            where = page + self._rng.randrange(PAGE_SIZE)
+            qtest.cmd(f'memset {where:#x} 1 {self._rng.randrange(256):#x}')
+        for page in self._rng.sample(self._others, self.OTHER_PAGES // 4):
+            self.touched.add(page)
+            if self._rng.random() < 0.3:
+                qtest.cmd(f'memset {page:#x} {PAGE_SIZE:#x} 0x00')
+            else:
+                data = content.page(self._rng).hex()
+                qtest.cmd(f'write {page:#x} {PAGE_SIZE:#x} 0x{data}')
+
+    def _look(self, source: Guest) -> bool:
+        """Whether there were enough rounds."""
+        info = source.query_migrate()
+        if info['status'] == 'setup':
+            return False
+        if info['status'] != 'active':
+            raise EndedTooSoon(info['status'])
+        ram = info['ram']
+        if self._fast and ram['remaining'] < self.FAST_UNTIL:
+            self._fast = False
+            source.qmp('migrate-set-parameters',
+                       **{'max-bandwidth': self.SLOW})
+        return (ram['dirty-sync-count'] > self.ROUNDS
+                and not (self._xbzrle and not info['xbzrle-cache']['pages']))
+
+    def __call__(self, session: Session) -> None:
+        # Can be imported after import_qemu() only
+        qtest = importlib.import_module(
+            'qemu.machine.qtest').QEMUQtestProtocol(self._path)
+        qtest.connect()
+        try:
+            while not self._look(session.source):
+                self._write(qtest)
+                # Raises if there is something wrong
+                session.wait_until(lambda: not session.watchdog.tripped)
+        finally:
+            qtest.close()
+        session.source.qmp('migrate-set-parameters',
+                           **{'max-bandwidth': 1 << 40})
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to migrate.
+
+    old: whether QEMU 7.2 has it.
+    writes: whether RAM changes meanwhile.
+    running: whether the guest runs before and afterwards.
+    backends: of the patched side and of the other; modes that QEMU has for
+    all kinds of RAM are tried with more of them.
+    """
+    name: str
+    operation: Operation
+    old: bool = True
+    writes: bool = False
+    running: bool = False
+    quick: bool = False
+    backends: Tuple[str, str] = ('memfd', 'memfd')
+
+
+_LEGACY = {'zero-page-detection': 'legacy'}
+_MULTIFD = OverTcp(('multifd',), {'multifd-channels': 4})
+# To start it and to switch it to postcopy are two commands: between them, precopy
+# must not come to its end.  Postcopy has a limit of its own, which is none.
+_SLOW_PRECOPY = {'max-bandwidth': MIB}
+_POSTCOPY = OverTcp(('postcopy-ram',), _SLOW_PRECOPY, postcopy=True)
+_PREEMPT = OverTcp(('postcopy-ram', 'postcopy-preempt'), _SLOW_PRECOPY,
+                   postcopy=True)
+_FILE = ToFile()
+
+
+def _compressed(method: str) -> OverTcp:
+    return OverTcp(('multifd',), {'multifd-compression': method})
+
+
+# With a stopped guest, xbzrle has nothing to do in the second round
+MODES = (
+    Mode('precopy', OverTcp(), quick=True),
+    Mode('precopy-writes', OverTcp(), writes=True),
+    Mode('precopy-running', OverTcp(), running=True, quick=True),
+    Mode('xbzrle-writes', OverTcp(('xbzrle',)), writes=True, quick=True),
+    Mode('multifd', _MULTIFD, quick=True),
+    Mode('multifd-writes', _MULTIFD, writes=True, quick=True),
+    Mode('multifd-zlib', _compressed('zlib')),
+    Mode('multifd-zstd', _compressed('zstd')),
+    Mode('multifd-legacy', OverTcp(('multifd',), _LEGACY), old=False),
+    Mode('postcopy', _POSTCOPY, quick=True),
+    Mode('postcopy-running', _POSTCOPY, running=True),
+    Mode('postcopy-preempt', _PREEMPT),
+    Mode('exec', ToFile(piped=True)),
+    Mode('file', _FILE, old=False, quick=True),
+    Mode('mapped-ram', ToFile(('mapped-ram',)), old=False, quick=True),
+    Mode('mapped-ram-multifd', ToFile(('mapped-ram', 'multifd')), old=False))
+
+# With other memory backends
+BACKEND_MODES = tuple(
+    replace(mode, name=f'{mode.name}-{ours}-{theirs}', quick=False,
+            backends=(ours, theirs))
+    for mode in MODES if mode.name in ('precopy', 'multifd', 'postcopy')
+    for ours, theirs in (('memfd', 'anonymous'), ('shm-file', 'memfd')))
+
+# The machine types that all of them have, and the newest
+OLD_MACHINES = 'pc-q35-7.2', 'pc-i440fx-7.2'
+NEW_MACHINE = 'q35'
+
+
+@dataclass
+class Rig:
+    """What to run the cases with.
+
+    binaries: by name; no_old: why there is no QEMU 7.2.
+    """
+    binaries: Dict[str, str]
+    no_old: str
+    accel: str
+    extra_args: Tuple[str, ...]
+    guests: List[Guest] = field(default_factory=list)
+
+    def guest(self, name: str, qemu: str, machine: str, **more: Any) -> Guest:
+        """A guest that was not started yet."""
+        if qemu == OLD and self.no_old:
+            raise Skip(self.no_old)
+        args = more.pop('extra_args', ())
+        return Guest(name, self.binaries[qemu], SIZE, accel=self.accel,
+                     extra_args=('-machine', machine, *self.extra_args, *args),
+                     **more)
+
+
+def _outside(ram: memory.GuestRam, allowed: Sequence[Extent]) -> str:
+    """Where RAM is populated and may not be, for people: the first places."""
+    fd = ram.open()
+    try:
+        extents = memory.without(ram.extents(fd), allowed)
+        return ', '.join(f'{start:#x}-{end:#x}'
+                         for start, end in islice(extents, 5))
+    finally:
+        os.close(fd)
+
+
+def check_allocation(side: str, ram: memory.GuestRam,
+                     allowed: Sequence[Extent]) -> None:
+    """Whether all that is allocated lies in the allowed extents."""
+    most = content.total(content.round_out(allowed, host.shmem_unit()))
+    allocated = ram.allocated()
+    assert allocated is not None
+    expect(allocated <= most,
+           f'the {side} has {allocated >> 10} KiB allocated, and may have '
+           f'{most >> 10} KiB: {_outside(ram, allowed)}')
+
+
+def check_content(source: Guest, destination: Guest) -> None:
+    """Whether all bytes are the same."""
+    compared = memory.compare(source.ram, destination.ram)
+    expect(compared.bytes_nonzero > 0, 'there is no data in guest RAM')
+    expect(compared.identical,
+           f'{compared.differing_pages} pages differ, the first one at '
+           f'{compared.first_difference or 0:#x}')
+
+
+def check_runs(guest: Guest) -> None:
+    """Whether the guest can go on."""
+    guest.qmp('cont')
+    time.sleep(RUN_TIME)
+    status = guest.status()
+    expect(status == 'running', f'on the destination, the guest is {status}')
+
+
+def migrate(rig: Rig, pair: Tuple[str, str], machine: str, mode: Mode) -> None:
+    """One case: from pair[0] to pair[1]."""
+    for _ in range(TRIES):
+        try:
+            migrate_once(rig, pair, machine, mode)
+            return
+        except EndedTooSoon as err:
+            print(f'# {err} before there were {Writer.ROUNDS} rounds: again')
+    raise Failure(f'no migration of {TRIES} lasted for {Writer.ROUNDS} rounds')
+
+
+def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
+                 mode: Mode) -> None:
+    """The same, once; raises EndedTooSoon."""
+    ours, theirs = mode.backends
+    backends = [ours if qemu == PATCHED else theirs for qemu in pair]
+    operation = mode.operation
+    if isinstance(operation, OverTcp) and operation.postcopy and \
+            not host.userfaultfd_works(by_device=pair[1] != OLD):
+        raise Skip(host.NO_USERFAULTFD)
+    if 'shm-file' in backends and host.free_shm() < SIZE:
+        raise Skip(f'less than {SIZE // MIB} MiB free in {host.SHM}')
+    with ExitStack() as stack:
+        directory = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix='old-and-new-'))
+        extra: Sequence[str] = ()
+        writer: Optional[Writer] = None
+        if mode.writes:
+            assert isinstance(operation, OverTcp)
+            writer = Writer(os.path.join(directory, 'qtest'),
+                            'xbzrle' in operation.capabilities)
+            extra = writer.arguments()
+            operation = replace(
+                operation, meanwhile=writer,
+                parameters={**operation.parameters, **Writer.PARAMETERS})
+        source = stack.enter_context(rig.guest(
+            'source', pair[0], machine, backend=backends[0],
+            paused=not mode.running, extra_args=extra))
+        destination = stack.enter_context(rig.guest(
+            'destination', pair[1], machine, backend=backends[1],
+            paused=True, incoming=True))
+        watchdog = stack.enter_context(
+            watched((source, destination), memory_floor(), TIMEOUT))
+
+        if mode.running:
+            settle(source)
+            memory.write_data(source.ram, SIZE // 8)
+        else:
+            content.write(source.ram, SEED)
+        if pair[1] == PATCHED:
+            content.write(destination.ram, OLD_SEED)
+        before = content.populated(source.ram)
+
+        operation.run(Session(source, destination, watchdog, directory))
+
+        check_content(source, destination)
+        if pair[0] == PATCHED:
+            side, ram, allowed = 'source', source.ram, before
+        else:
+            side, ram = 'destination', destination.ram
+            allowed = content.nonzero(source.ram)
+        if mode.running:
+            # Firmware uses it on the source, and devices on the destination.
+            # On a slow machine, firmware may not be done when it seems so.
+            allowed = [*allowed, (0, MIB), *content.nonzero(source.ram)]
+        if writer and pair[0] == PATCHED:
+            allowed = [*allowed, *((page, page + PAGE_SIZE)
+                                   for page in writer.touched)]
+        check_allocation(side, ram, allowed)
+        if mode.running:
+            check_runs(destination)
+
+
+def refuse(rig: Rig, qemu: str, machine: str) -> None:
+    """A destination without sparse-ram refuses it, and nothing is lost."""
+    with ExitStack() as stack:
+        source = stack.enter_context(
+            rig.guest('source', PATCHED, machine, paused=True))
+        content.write(source.ram, SEED)
+        before = content.populated(source.ram)
+        for capabilities, good in ((('sparse-ram',), False), ((), True)):
+            destination = stack.enter_context(rig.guest(
+                'destination', qemu, machine, paused=True, incoming=True))
+            with watched((source, destination), memory_floor(),
+                         TIMEOUT) as watchdog:
+                configure(source, capabilities, {})
+                try:
+                    OverTcp().run(Session(source, destination, watchdog, ''))
+                    expect(good, 'sparse-ram was not refused')
+                except (MigrationFailed, GuestError):
+                    if good:
+                        raise
+            if not good:
+                status = source.status()
+                expect(status in ('prelaunch', 'paused'),
+                       f'the source is {status}')
+                source.qmp('migrate-set-capabilities', capabilities=[
+                    {'capability': 'sparse-ram', 'state': False}])
+        check_content(source, destination)
+        check_allocation('source', source.ram, before)
+
+
+def all_cases(rig: Rig) -> Iterator[Case]:
+    """Every direction, machine type and mode that fit together."""
+    for other in (STOCK, OLD):
+        machines: Tuple[str, ...] = OLD_MACHINES
+        if other == STOCK:
+            machines = (NEW_MACHINE, *OLD_MACHINES)
+        for pair in ((other, PATCHED), (PATCHED, other)):
+            for machine in machines:
+                for mode in MODES + BACKEND_MODES:
+                    if other == OLD and not mode.old:
+                        continue
+                    yield Case(
+                        f'{pair[0]}-to-{pair[1]}/{machine}/{mode.name}',
+                        partial(migrate, rig, pair, machine, mode),
+                        mode.quick and machine == NEW_MACHINE)
+        yield Case(f'{PATCHED}-to-{other}/{machines[0]}/sparse-ram-refused',
+                   partial(refuse, rig, other, machines[0]), other == STOCK)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or '').split('\n\n', maxsplit=1)[0])
+    add_arguments(parser)
+    parser.add_argument('--old', metavar='FILE',
+                        default=f'{BUILD}/qemu-7.2/qemu-system-x86_64',
+                        help="Debian 12's QEMU 7.2")
+    parser.add_argument('--no-old', metavar='REASON', default='',
+                        help='why there is none; its cases are skipped')
+    return parser.parse_args()
+
+
+def run() -> int:
+    """Returns the exit status."""
+    args = parse_args()
+    memory.require_linux()
+    check_binaries((args.patched, args.stock))
+    import_qemu(args.qemu_python)
+    no_old = args.no_old
+    if not no_old and not os.access(args.old, os.X_OK):
+        no_old = f"there is no {args.old}: run scripts/get-old-qemu first"
+    rig = Rig({PATCHED: args.patched, STOCK: args.stock, OLD: args.old},
+              no_old, args.accel or pick_accelerator(),
+              tuple(args.qemu_args))
+    return run_cases(list(all_cases(rig)), args)
+
+
+if __name__ == '__main__':
+    sys.exit(run_main('old-and-new', run))

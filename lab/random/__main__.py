@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrate at random, and compare with a model what comes of it.
+
+A case follows from its seed: the backends of guest RAM on both sides, what is
+data, zero or a hole there, old content on the destination, capabilities,
+parameters and transport, a stock QEMU on one side, and who writes meanwhile.
+After the migration every byte of guest RAM is compared with what it has to be,
+and it is looked at where there are pages that nobody needs.
+
+What fails is printed with its seed; --seed runs exactly that again, as far as
+it does not depend on time.  The last line is "N passed, N failed, N skipped".
+"""
+
+import argparse
+import collections
+import multiprocessing
+import os
+import sys
+import time
+from typing import Dict, Iterator, List, Optional
+
+from lab import cli, host, qemu
+from lab.memory import MIB, available
+from lab.random.case import PATCHED, STOCK, draw
+from lab.random.run import FAILED, PASSED, SKIPPED, Outcome, Setup, run_case
+
+# What a case may need: two guests, which may be filled, and Python
+_MEMORY_PER_JOB = 512 * MIB
+
+_PROGRESS = 30.0                # seconds between lines that say how far it is
+
+_setup: Optional[Setup] = None
+
+
+def _run_seed(seed: int) -> Outcome:
+    """In a process of its own."""
+    assert _setup
+    return run_case(draw(seed), _setup)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seed', type=int, metavar='N',
+                        help='run this case only')
+    parser.add_argument('--first', type=int, metavar='N',
+                        help='seed of the first case, of which the others '
+                             'follow (default: drawn, and printed)')
+    parser.add_argument('--cases', type=int, default=100, metavar='N',
+                        help='how many (default: 100)')
+    parser.add_argument('--seconds', type=float, metavar='N',
+                        help='start no case after this time')
+    parser.add_argument('--jobs', type=int, metavar='N',
+                        help='how many at a time (default: as many as CPUs '
+                             'and memory allow)')
+    parser.add_argument('--list', action='store_true',
+                        help='only print what the cases are')
+    parser.add_argument('--verbose', action='store_true',
+                        help='print what is done')
+    parser.add_argument('--tap', action='store_true',
+                        help='print the outcomes as TAP, for run-tests')
+    parser.add_argument('--sabotage', default='',
+                        choices=('stock-destination', 'holes-off'),
+                        help='to see it fail: have the stock QEMU, or '
+                             'x-ram-holes=off, where that is not expected')
+    cli.add_binary_arguments(parser)
+    return parser.parse_args()
+
+
+def seeds_of(args: argparse.Namespace) -> List[int]:
+    """Seeds of the cases to run."""
+    if args.seed is not None:
+        return [args.seed]
+    first = args.first
+    if first is None:
+        first = int.from_bytes(os.urandom(4), 'little')
+    print(f'# {args.cases} cases from seed {first} on', flush=True)
+    return list(range(first, first + args.cases))
+
+
+def _within(seeds: List[int], seconds: Optional[float]) -> Iterator[int]:
+    deadline = time.monotonic() + seconds if seconds else None
+    for seed in seeds:
+        if deadline and time.monotonic() > deadline:
+            return
+        yield seed
+
+
+def _failure(outcome: Outcome) -> str:
+    """All that can be said about it."""
+    return (f'{draw(outcome.seed)}\n{_indented(outcome.text)}\n'
+            '  to repeat: python3 -m lab.random --verbose --seed '
+            f'{outcome.seed}')
+
+
+class Tally:
+    """Counts and prints outcomes."""
+
+    def __init__(self) -> None:
+        self.counts: Dict[str, int] = collections.Counter()
+        self._skipped: Dict[str, int] = collections.Counter()
+        self._began = self._said = time.monotonic()
+        self._slowest: List[Outcome] = []
+
+    def add(self, outcome: Outcome) -> None:
+        """One more."""
+        self.counts[outcome.status] += 1
+        self._slowest = sorted([*self._slowest, outcome],
+                               key=lambda each: -each.seconds)[:3]
+        if outcome.status == SKIPPED:
+            self._skipped[outcome.text] += 1
+        self._print(outcome)
+
+    def _print(self, outcome: Outcome) -> None:
+        if outcome.status == FAILED:
+            print(f'FAILED {_failure(outcome)}', flush=True)
+        if time.monotonic() - self._said > _PROGRESS:
+            self._said = time.monotonic()
+            print(f'... {self}', flush=True)
+
+    def __str__(self) -> str:
+        return ', '.join(f'{self.counts[status]} {status}'
+                         for status in (PASSED, FAILED, SKIPPED))
+
+    def close(self) -> int:
+        """Prints the sum; returns the exit status."""
+        self._print_sum()
+        return 1 if self.counts[FAILED] or not self.counts[PASSED] else 0
+
+    def speed(self) -> str:
+        """How many in which time, and which of them took long."""
+        seconds = time.monotonic() - self._began
+        done = sum(self.counts.values())
+        slowest = ', '.join(f'{each.seed} ({each.seconds:.1f} s)'
+                            for each in self._slowest)
+        return (f'{done} cases in {seconds:.0f} seconds, '
+                f'{done / seconds * 3600:.0f} an hour; the slowest: {slowest}')
+
+    def _print_sum(self) -> None:
+        for reason, count in self._skipped.items():
+            print(f'skipped {count}: {reason}')
+        print(self.speed())
+        print(self)
+
+
+class TapTally(Tally):
+    """The same as TAP."""
+
+    def _print(self, outcome: Outcome) -> None:
+        case = draw(outcome.seed)
+        name = (f'{sum(self.counts.values())} - seed {case.seed}: {case.mode} '
+                f'by {case.transport}')
+        if outcome.status == SKIPPED:
+            print(f'ok {name} # SKIP {outcome.text}', flush=True)
+        elif outcome.status == PASSED:
+            print(f'ok {name}', flush=True)
+        else:
+            for line in _failure(outcome).splitlines():
+                print(f'# {line}')
+            first = outcome.text.partition('\n')[0].replace('#', 'no. ')
+            print(f'not ok {name} - {first}', flush=True)
+
+    def _print_sum(self) -> None:
+        print(f'# {self.speed()}')
+        print(f'1..{sum(self.counts.values())}', flush=True)
+
+
+def _indented(text: str) -> str:
+    return '\n'.join(f'    {line}' for line in text.splitlines())
+
+
+def _jobs(wanted: Optional[int]) -> int:
+    if wanted:
+        return wanted
+    return max(1, min(host.cpus(), available() // 2 // _MEMORY_PER_JOB))
+
+
+_BEGAN = time.monotonic()
+
+
+def _say(text: str) -> None:
+    print(f'{time.monotonic() - _BEGAN:8.3f}  {text}', flush=True)
+
+
+def run() -> int:
+    """Run what is named on the command line."""
+    global _setup       # pylint: disable=global-statement
+    args = parse_arguments()
+    seeds = seeds_of(args)
+    if args.list:
+        for seed in seeds:
+            print(draw(seed))
+        return 0
+    cli.check_binaries((args.patched, args.stock))
+    qemu.import_qemu(args.qemu_python)
+    _setup = Setup({PATCHED: args.patched,
+                    STOCK: args.stock},
+                   floor=cli.memory_floor(), sabotage=args.sabotage,
+                   say=_say if args.verbose else lambda _: None)
+    tally = TapTally() if args.tap else Tally()
+    if len(seeds) == 1:
+        if args.verbose:
+            print(draw(seeds[0]))
+        tally.add(_run_seed(seeds[0]))
+        return tally.close()
+    # Processes, because the setting of huge pages is a process's
+    context = multiprocessing.get_context('fork')
+    with context.Pool(_jobs(args.jobs)) as pool:
+        for outcome in pool.imap_unordered(_run_seed,
+                                           _within(seeds, args.seconds)):
+            tally.add(outcome)
+    return tally.close()
+
+
+if __name__ == '__main__':
+    sys.dont_write_bytecode = True
+    sys.exit(cli.run_main('random-migrations', run))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guest of tests/qtest/migration/i386/sparse-writer.S, driven from Python.
+
+See lab/guest/writer.py.
+"""
+
+import os
+import struct
+import time
+from typing import Any, Iterable, List, Tuple
+
+from lab.blocks import Block
+from lab.guest import writer
+from lab.qemu import Qemu
+from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel, WrongResult
+
+# Code and table, and what else a PC has there
+_LOW = 2 * MIB
+_TABLE_START = 1 * MIB
+
+# What it writes to, and what it leaves alone behind that
+_BASE = 4 * MIB
+_GAP = 2 * MIB
+
+_TURN = 200000                  # ticks of the time-stamp counter a page
+_TIMEOUT = 50.0                 # seconds
+_POLL = 0.005
+
+
+def _read_number(block: Block, name: str) -> int:
+    return writer.parse_table(
+        block.read(writer.assemble().addresses[name], 4))[0]
+
+
+def _write(model: BlockModel, page: int,
+           words: Iterable[Tuple[int, int]]) -> None:
+    for offset, word in words:
+        model.write(_BASE + page * PAGE + offset, struct.pack('<I', word))
+
+
+class WriterGuest:
+    """What a QEMU needs to run it, and what is known about its pages."""
+
+    def __init__(self, seed: int, size: int, prefix: str):
+        """
+        size: of RAM, bytes
+        prefix: of the names of its files
+        """
+        self._pages = (size - _BASE - _GAP) // PAGE
+        self._serial = f'{prefix}-serial'
+        mask = (1 << (self._pages // 2).bit_length() - 1) - 1
+        with open(f'{prefix}-firmware', 'wb') as file:
+            file.write(writer.firmware(BASE=_BASE, PAGES=self._pages,
+                                       FOCUS_MASK=mask, TURN=_TURN,
+                                       SEED=seed & 0x7fffffff))
+        self.arguments: List[str] = ['-bios', f'{prefix}-firmware', '-serial',
+                                     f'file:{self._serial}']
+
+    @staticmethod
+    def clear_area(kinds: bytearray) -> None:
+        """Its table is to be empty, and it takes other pages for untouched."""
+        for page in range(_TABLE_START // PAGE, len(kinds)):
+            if kinds[page] == DATA:
+                kinds[page] = ZERO
+
+    def _said(self) -> str:
+        if not os.path.exists(self._serial):
+            return ''
+        with open(self._serial, encoding='ascii', errors='replace') as file:
+            said = file.read()
+        if 'X' in said:
+            raise WrongResult('the guest has found a page that is wrong')
+        return said
+
+    def _wait_for(self, letter: str, count: int) -> None:
+        deadline = time.monotonic() + _TIMEOUT
+        while self._said().count(letter) < count:
+            if time.monotonic() > deadline:
+                raise WrongResult(f'the guest has said {self._said()!r}, and '
+                                  f'should have said {letter} {count} times')
+            time.sleep(_POLL)
+
+    def batches(self) -> int:
+        """How many times it has written a few hundred pages."""
+        return self._said().count('B')
+
+    def wait_until_it_writes(self) -> None:
+        """Another batch."""
+        self._wait_for('B', self.batches() + 1)
+
+    def check_itself(self, qemu: Qemu, qtest: Any) -> None:
+        """Let it check all of its pages, and run on; it must be stopped."""
+        qtest.write(writer.assemble().addresses['VERIFY'],
+                    b'\1\0\0\0')
+        qemu.qmp('cont')
+        self._wait_for('V', 1)
+        self.wait_until_it_writes()
+
+    def apply(self, block: Block, model: BlockModel) -> None:
+        """Put into the model what the guest has written, by its table."""
+        table = writer.parse_table(block.read(
+            writer.assemble().addresses['TABLE'], 4 * self._pages))
+        for page, sequence in enumerate(table):
+            if sequence:
+                _write(model, page, writer.expected_words(page, sequence))
+        last, current = (_read_number(block, name)
+                         for name in ('SEQUENCE', 'CURRENT'))
+        if last not in table and current < self._pages:
+            model.touch(_BASE + current * PAGE)     # reading may populate it
+            _write(model, current, writer.unfinished_words(
+                current, last, block.read(_BASE + current * PAGE, PAGE)))
+
+    @staticmethod
+    def allow(allowed: bytearray) -> None:
+        """What it may populate besides what it writes to."""
+        allowed[:_LOW // PAGE] = b'\1' * (_LOW // PAGE)
+
+    @staticmethod
+    def is_its_own(page: int) -> bool:
+        """Whether nothing is known about the content of a page."""
+        return page < _LOW // PAGE

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tests of lab/plot.py."""
+
+import os
+import struct
+import tempfile
+import unittest
+import zlib
+from unittest import mock
+
+
+# pylint: disable=protected-access
+from lab import UserError, plot
+from lab.memory import GIB, MIB
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return (struct.pack('>I', len(data)) + kind + data +
+            struct.pack('>I', zlib.crc32(kind + data)))
+
+
+class Values(unittest.TestCase):
+    def test_sizes_are_doubled(self):
+        self.assertEqual([size // GIB for size in plot.sizes(9 * GIB)],
+                         [1, 2, 4, 8])
+
+    def test_a_line_keeps_its_corners(self):
+        samples = [(time, 5 * MIB, rss * MIB) for time, rss in
+                   enumerate((1, 1, 1, 4, 6, 6, 6))]
+        self.assertEqual(plot.thin(samples, 2, MIB),
+                         [(0, 1), (2, 1), (3, 4), (4, 6), (5, 6), (6, 6)])
+        self.assertEqual(plot.thin(samples, 1, MIB), [(0, 5), (5, 5), (6, 5)])
+        self.assertEqual(plot.thin([], 1), [])
+
+    def test_small_steps_are_left_out(self):
+        samples = [(time, 0, rss * MIB) for time, rss in
+                   enumerate((1, 2, 3, 9, 10, 11))]
+        self.assertEqual(plot.thin(samples, 2, 5 * MIB),
+                         [(0, 1), (2, 3), (3, 9), (4, 10), (5, 11)])
+
+
+class Files(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, 'file')
+        self.plot = plot.Plot(directory.name, 'name', 'series,x,y')
+
+    def test_values_come_back(self):
+        self.plot.write([['one, two', 1, 2.5], ['three', 3, 4.0]],
+                        ['size: 7'])
+        comments, rows = self.plot.read()
+        self.assertEqual(rows, [['one, two', '1', '2.500'],
+                                ['three', '3', '4.000']])
+        self.assertEqual(comments, [plot.LICENCE, 'size: 7', 'series,x,y'])
+
+    def test_missing(self):
+        with self.assertRaises(UserError):
+            self.plot.read()
+
+    def test_every_series_is_drawn(self):
+        self.plot.write([['a', 1, 2.5], ['b', 3, 4.0], ['b', 5, 6.0]], [])
+        scripts = []
+        with mock.patch.object(plot, '_gnuplot', scripts.append), \
+             mock.patch.object(plot, '_label_svg'), \
+             mock.patch.object(plot, '_label_png'):
+            self.plot.draw('set nothing\n', 'with lines dt {dash}')
+        self.assertEqual(len(scripts), 2)
+        for script in scripts:
+            self.assertIn("$series1 << END\n3 4.000\n5 6.000\nEND\n", script)
+            self.assertIn("$series0 with lines dt 1 title 'a'", script)
+
+    def test_svg_says_its_licence(self):
+        with open(self.path, 'w', encoding='utf-8') as file:
+            file.write('<?xml version="1.0"?>\n<svg>  \n</svg>')
+        plot._label_svg(self.path)
+        with open(self.path, encoding='utf-8') as file:
+            self.assertEqual(file.read(), '<?xml version="1.0"?>\n'
+                             f'<!-- {plot.LICENCE} -->\n<svg>\n</svg>\n')
+
+    def test_png_says_its_licence(self):
+        image = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', bytes(13))
+        end = chunk(b'IEND', b'')
+        with open(self.path, 'wb') as file:
+            file.write(image + end)
+        plot._label_png(self.path)
+        text = chunk(b'tEXt', b'Copyright\0' + plot.LICENCE.encode())
+        with open(self.path, 'rb') as file:
+            self.assertEqual(file.read(), image + text + end)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tests of what makes and watches a real guest; none is started."""
+
+import os
+import tempfile
+import time
+import unittest
+
+from lab.guest import __main__ as real_guest, linux
+from lab.memory import GIB, MIB, PAGE_SIZE
+
+LINE = ('load: 12 s, 345 written, 6789 checked, 10 freed, 2048 KiB MemFree, '
+        '0 errors, end')
+
+
+class Initramfs(unittest.TestCase):
+    """The archive."""
+
+    def test_entry(self):
+        entry = linux.cpio_entry('ab', 0o100644, b'12345')
+        self.assertEqual(entry[:6], b'070701')
+        self.assertEqual(int(entry[14:22], 16), 0o100644)
+        self.assertEqual(int(entry[54:62], 16), 5)
+        # name with its end, both padded to 4 bytes
+        self.assertEqual(int(entry[94:102], 16), 3)
+        self.assertEqual(entry[110:], b'ab\0' + bytes(3) + b'12345' + bytes(3))
+
+    def test_device(self):
+        entry = linux.cpio_entry('console', 0o020600, device=(5, 1))
+        self.assertEqual((int(entry[78:86], 16), int(entry[86:94], 16)),
+                         (5, 1))
+
+    def test_end(self):
+        self.assertIn(b'TRAILER!!!', linux.cpio_archive([]))
+
+
+class Lines(unittest.TestCase):
+    """What the guest says."""
+
+    def test_progress(self):
+        progress = linux.parse_progress(LINE)
+        self.assertEqual((progress.written, progress.checked, progress.freed,
+                          progress.free, progress.errors),
+                         (345, 6789, 10, 2 * MIB, 0))
+
+    def test_cut_off(self):
+        for length in range(len(LINE)):
+            self.assertIsNone(linux.parse_progress(LINE[:length]))
+
+    def test_trouble(self):
+        for line in ('load: ERROR worker 0, page 1: word 2 is 0x0',
+                     LINE.replace('0 errors', '1 errors'),
+                     '[ 1.2] BUG: Bad page state in process guest-load',
+                     '[ 1.2] BUG: unable to handle page fault',
+                     '[ 1.2] Kernel panic - not syncing',
+                     'guest-load[70]: segfault at 0 ip 0'):
+            self.assertTrue(linux.is_trouble(line), line)
+
+    def test_no_trouble(self):
+        for line in (LINE, LINE[:30], '',
+                     'watchdog: BUG: soft lockup - CPU#0 stuck for 22s!'):
+            self.assertFalse(linux.is_trouble(line), line)
+
+    def test_console(self):
+        with tempfile.TemporaryDirectory() as directory:
+            console = linux.Console(os.path.join(directory, 'log'))
+            # pylint: disable=protected-access
+            console._add(LINE)
+            self.assertEqual(len(console.reports()), 1)
+            self.assertIsNone(console.trouble())
+            console._add('load: ERROR x')
+            self.assertEqual(console.trouble(), 'load: ERROR x')
+            # It does not wait for a load that is broken
+            started = time.monotonic()
+            console.wait_for_reports(10, 30)
+            self.assertLess(time.monotonic() - started, 10)
+
+
+class FakeRam:
+    """A file in place of a guest's RAM."""
+    base = 0
+
+    def __init__(self, path: str, pages):
+        self.path = path
+        self.size = len(pages) * PAGE_SIZE
+        with open(path, 'wb') as file:
+            file.write(b''.join(pages))
+
+    def allocated(self):
+        """As of a full one."""
+        return self.size
+
+    def open(self) -> int:
+        """For reading and writing."""
+        return os.open(self.path, os.O_RDWR)
+
+    def extents(self, _):
+        """All of it."""
+        yield 0, self.size
+
+
+def load_page(first: int) -> bytes:
+    """As guest-load.c would write it."""
+    return b''.join((first + word).to_bytes(8, 'little')
+                    for word in range(PAGE_SIZE // 8))
+
+
+class LostWrites(unittest.TestCase):
+    """lose_writes() changes what is the load's, and nothing else."""
+
+    def test_pages(self):
+        other = bytes(range(256)) * (PAGE_SIZE // 256)
+        pages = [bytes(PAGE_SIZE), load_page(1 << 40), other, load_page(77),
+                 load_page(5)]
+        with tempfile.TemporaryDirectory() as directory:
+            ram = FakeRam(os.path.join(directory, 'ram'), pages)
+            self.assertEqual(linux.lose_writes(ram, 2), 2)
+            with open(ram.path, 'rb') as file:
+                self.assertEqual(
+                    [file.read(PAGE_SIZE) for _ in pages],
+                    [bytes(PAGE_SIZE), bytes(PAGE_SIZE), other,
+                     bytes(PAGE_SIZE), load_page(5)])
+
+
+class Complaints(unittest.TestCase):
+    """What a hop may leave behind."""
+
+    @staticmethod
+    def count(source: int, destination: int) -> int:
+        """Complaints about a guest that used 1 GiB; what the sides have."""
+        return len(real_guest.complaints(real_guest.Hop(
+            'precopy', GIB, GIB, source, destination, 1.0)))
+
+    def test_sparse(self):
+        self.assertEqual(self.count(GIB, GIB), 0)
+        self.assertEqual(self.count(GIB, GIB // 2), 0)
+
+    def test_full(self):
+        self.assertEqual(self.count(64 * GIB, 64 * GIB), 2)
+        self.assertEqual(self.count(64 * GIB, GIB), 1)
+        # The destination is full, and has more than the source, too
+        self.assertEqual(self.count(GIB, 64 * GIB), 2)
+
+    def test_growing(self):
+        self.assertEqual(self.count(GIB // 2, GIB), 1)
