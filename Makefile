@@ -98,6 +98,12 @@ check-style: source ## Check code, patches and scripts for style; run the script
 	@scripts/apply-series
 	@$(PYTHON) -m lab.run_tests scripts style
 
+.PHONY: lint
+lint: ## Check lab/ with mypy and flake8
+	@scripts/deps mypy flake8
+	@mypy --config-file lab/setup.cfg lab
+	@flake8 --config lab/setup.cfg lab scripts/dep3
+
 .PHONY: test-binaries
 test-binaries: deps
 	@scripts/build-qemu patched $(test_binaries)

@@ -582,7 +582,7 @@ def write_data(ram: GuestRam, amount: int) -> int:
 
 
 def without(extents: Iterable[Extent],
-             taken: Iterable[Extent]) -> Iterator[Extent]:
+            taken: Iterable[Extent]) -> Iterator[Extent]:
     """What is left of extents when the taken ones are cut out."""
     taken = merge_extents(taken, ())
     for start, end in extents:

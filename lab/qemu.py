@@ -167,7 +167,7 @@ class Qemu:
         self._args = [*args]
         self._binary = binary
         self._vm: Any = None
-        self._directory: Optional[tempfile.TemporaryDirectory] = None
+        self._directory: Optional[tempfile.TemporaryDirectory[str]] = None
         self._pidfd = -1
         self.pid = -1
 

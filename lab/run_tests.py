@@ -39,7 +39,8 @@ import tempfile
 import threading
 import time
 import traceback
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, List, Optional, Sequence, TextIO,
+                    Tuple)
 
 from lab import host, memory, terminal
 from lab.base import BUILD, PATCHES, ROOT
@@ -207,7 +208,7 @@ def job_count() -> int:
     return max(1, min(host.cpus(), memory.available() // MEMORY_PER_JOB))
 
 
-def open_log(suite: str, name: str):
+def open_log(suite: str, name: str) -> TextIO:
     """A log for one program."""
     directory = os.path.join(LOGS, suite.replace(' ', '-'))
     os.makedirs(directory, exist_ok=True)
@@ -300,14 +301,14 @@ class MigrationTest:
 
 # --- the suites ---
 
-def meson_tests(build: str) -> List[dict]:
+def meson_tests(build: str) -> List[Dict[str, Any]]:
     """What meson knows of a build directory's tests."""
     with open(os.path.join(build, 'meson-info/intro-tests.json'),
               encoding='utf-8') as file:
         return json.load(file)
 
 
-def run_meson_test(suite: str, test: dict, report: Report,
+def run_meson_test(suite: str, test: Dict[str, Any], report: Report,
                    extra: Dict[str, str]) -> None:
     """Runs one program that meson has built as a test."""
     env = dict(os.environ, **extra)
@@ -341,7 +342,7 @@ def run_logged(suite: str, name: str, report: Report,
 def unit(report: Report) -> None:
     """The unit tests without QEMU, plain and with sanitizers."""
     meson = shutil.which('meson', path='/usr/bin') or 'meson'
-    variants = (
+    variants: Tuple[Tuple[str, List[str], Dict[str, str]], ...] = (
         ('plain', [], {}),
         ('sanitize', ['-Db_sanitize=address,undefined'],
          {'ASAN_OPTIONS': 'detect_leaks=1:abort_on_error=1',
@@ -760,8 +761,13 @@ def first_line(path: str) -> str:
         return file.readline()
 
 
+# What "make lint" runs, too
+LINT = (('mypy', '--config-file', 'lab/setup.cfg', 'lab'),
+        ('flake8', '--config', 'lab/setup.cfg', 'lab', 'scripts/dep3'))
+
+
 def style(report: Report) -> None:
-    """checkpatch.pl, shellcheck, and a few rules of this project."""
+    """checkpatch.pl, shellcheck, mypy, flake8, and rules of this project."""
     def check(name: str, problem: str) -> None:
         report.add('style', Outcome(name, FAILED if problem else PASSED, problem))
 
@@ -772,6 +778,13 @@ def style(report: Report) -> None:
         if result.returncode:
             print(''.join(f'    {line}\n' for line in result.stdout.splitlines()[:60]))
         check(name, 'see above' if result.returncode else '')
+
+    def check_if_installed(name: str, command: Sequence[str]) -> None:
+        if shutil.which(command[0]):
+            check_command(name, command)
+        else:
+            report.add('style', Outcome(name, SKIPPED,
+                                        f'{command[0]} is not installed'))
 
     code = files_below('include', 'util', 'migration', 'tests', 'docs', 'lab')
     tools = files_below('scripts', '.ci')
@@ -797,24 +810,12 @@ def style(report: Report) -> None:
             if '\n+++ ' in patch.read():
                 check_command(f'checkpatch {path}', [*checkpatch, path])
 
-    shell = [path for path in tools
-             if 'sh' in first_line(path).partition('#!')[2]
-             or path.endswith('.sh')]
-    if shutil.which('shellcheck'):
-        for path in shell:
-            check_command(f'shellcheck {shown(path)}', ['shellcheck', '-x', path])
-    else:
-        report.add('style', Outcome('shellcheck', SKIPPED,
-                                    'shellcheck is not installed'))
-    for path in [*code, *tools]:
-        if path.endswith('.py') or 'python' in first_line(path):
-            try:
-                with open(path, encoding='utf-8') as file:
-                    compile(file.read(), path, 'exec')
-                problem = ''
-            except SyntaxError as error:
-                problem = str(error)
-            check(f'syntax {shown(path)}', problem)
+    for path in tools:
+        if 'sh' in first_line(path).partition('#!')[2] or path.endswith('.sh'):
+            check_if_installed(f'shellcheck {shown(path)}',
+                               ['shellcheck', '-x', path])
+    for command in LINT:
+        check_if_installed(' '.join(command), list(command))
 
 
 SUITES = {'unit': unit, 'qtest': qtest, 'qemu': qemu, 'fuzz': fuzz,

@@ -21,19 +21,20 @@ import shutil
 import subprocess
 import sys
 import time
-from typing import Dict, List, Tuple
+from typing import Dict, Iterator, List, Set, Tuple
 
 from lab import run_tests
+from lab.base import BUILD as BASE_BUILD, ROOT
 from lab.ci import tap
 from lab.ci.tap import FAILED, PASSED, SKIPPED, Outcome
 
 
-TREE = os.path.join(run_tests.BUILD, 'series-tree')
+TREE = os.path.join(BASE_BUILD, 'series-tree')
 SOURCE = os.path.join(TREE, 'src')
 BUILD = os.path.join(TREE, 'build')
 RESULTS = os.path.join(TREE, 'results.json')
-LOGS = os.path.join(run_tests.BUILD, 'logs/series')
-REPOSITORY = os.path.join(run_tests.ROOT, 'build/git')
+LOGS = os.path.join(BASE_BUILD, 'logs/series')
+REPOSITORY = os.path.join(ROOT, 'build/git')
 
 # Of QEMU's own tests: each way that RAM takes, once
 QEMU_TESTS = (
@@ -80,7 +81,7 @@ def steps() -> List[str]:
 
 def parse_steps(text: str, last: int) -> List[int]:
     """The steps that "5", "5-9", "5-" or several of these with commas mean."""
-    steps = set()
+    numbers: Set[int] = set()
     for part in text.split(','):
         match = re.fullmatch(r'(\d+)(-(\d*))?', part.strip())
         if not match:
@@ -90,8 +91,8 @@ def parse_steps(text: str, last: int) -> List[int]:
         end = first if match[2] is None else int(match[3] or last)
         if not 1 <= first <= end <= last:
             sys.exit(f'check-series: STEPS={text}: the steps are 1 to {last}')
-        steps.update(range(first, end + 1))
-    return sorted(steps)
+        numbers.update(range(first, end + 1))
+    return sorted(numbers)
 
 
 def hash_of(*paths: str) -> str:
@@ -105,7 +106,7 @@ def hash_of(*paths: str) -> str:
 
 def own_unit_tests() -> List[str]:
     """Those of the series that exist at the step."""
-    directory = os.path.join(run_tests.ROOT, 'tests/unit')
+    directory = os.path.join(ROOT, 'tests/unit')
     return sorted(name[:-2] for name in os.listdir(directory)
                   if re.fullmatch(r'test-.*\.c', name)
                   and os.path.exists(os.path.join(SOURCE, 'tests/unit', name)))
@@ -149,7 +150,8 @@ def run_unit_tests(step: int) -> List[Outcome]:
     return outcomes
 
 
-def run_migration_tests(program, step: int, paths: List[str]) -> List[Outcome]:
+def run_migration_tests(program: run_tests.MigrationTest, step: int,
+                        paths: List[str]) -> List[Outcome]:
     """Migration tests, side by side."""
     outcomes: List[Outcome] = []
     # Live guests one by one, the many short ones in larger pieces
@@ -162,7 +164,8 @@ def run_migration_tests(program, step: int, paths: List[str]) -> List[Outcome]:
 class Step:
     """One step of the series."""
 
-    def __init__(self, number: int, accelerator, quick: bool) -> None:
+    def __init__(self, number: int, accelerator: run_tests.Accelerator,
+                 quick: bool) -> None:
         self.number = number
         self.accelerator = accelerator
         self.quick = quick
@@ -188,7 +191,7 @@ class Step:
         """Puts the files of the step in place."""
         git('-c', 'core.bare=false', 'read-tree', '--reset', '-u', self.commit)
 
-    def run(self, previous: Dict[str, str]):
+    def run(self, previous: Dict[str, str]) -> Iterator[str]:
         """Does the work, and yields the columns of the table, one by one."""
         self.check_out()
         yield build(self.number)
@@ -252,8 +255,8 @@ def check_step(step: Step, results: Dict[str, List[str]],
         done = done or results.get(key)
     print(f'{step.number:4}  {step.subject[:67]:67}', end='', flush=True)
     if done:
-        *columns, binaries = done
-        for (_, width), text in zip(COLUMNS, columns):
+        *before, binaries = done
+        for (_, width), text in zip(COLUMNS, before):
             print(f'  {text:{width}}', end='')
         print('  done before')
         previous.setdefault(binaries, str(step.number))

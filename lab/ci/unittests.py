@@ -2,7 +2,13 @@
 """Run the unit tests of a module, reporting in TAP."""
 
 import sys
+import traceback
 import unittest
+from types import TracebackType
+from typing import Optional, Tuple, Type, Union
+
+_Error = Union[Tuple[Type[BaseException], BaseException, TracebackType],
+               Tuple[None, None, None]]
 
 
 class TapResult(unittest.TestResult):
@@ -12,39 +18,41 @@ class TapResult(unittest.TestResult):
         super().__init__()
         self._subtests_failed = False
 
-    def _line(self, good: bool, test, directive: str = '') -> None:
+    def _line(self, good: bool, test: unittest.TestCase,
+              directive: str = '') -> None:
         print(f'{"ok" if good else "not ok"} {self.testsRun} '
               f'{test.id().removeprefix(f"{sys.argv[1]}.")}{directive}',
               flush=True)
 
-    def startTest(self, test) -> None:
+    def startTest(self, test: unittest.TestCase) -> None:
         self._subtests_failed = False
         super().startTest(test)
 
-    def addSubTest(self, test, subtest, err) -> None:
+    def addSubTest(self, test: unittest.TestCase, subtest: unittest.TestCase,
+                   err: Optional[_Error]) -> None:
         super().addSubTest(test, subtest, err)
         if err is not None:
             self._subtests_failed = True
             self._bad(test, err)
 
-    def addSuccess(self, test) -> None:
+    def addSuccess(self, test: unittest.TestCase) -> None:
         if not self._subtests_failed:
             self._line(True, test)
 
-    def _bad(self, test, err) -> None:
-        for line in self._exc_info_to_string(err, test).splitlines():
+    def _bad(self, test: unittest.TestCase, err: _Error) -> None:
+        for line in ''.join(traceback.format_exception(err[1])).splitlines():
             print(f'# {line}')
         self._line(False, test, f' - {err[1]!r}'.replace('\n', ' ').replace('#', ''))
 
-    def addError(self, test, err) -> None:
+    def addError(self, test: unittest.TestCase, err: _Error) -> None:
         super().addError(test, err)
         self._bad(test, err)
 
-    def addFailure(self, test, err) -> None:
+    def addFailure(self, test: unittest.TestCase, err: _Error) -> None:
         super().addFailure(test, err)
         self._bad(test, err)
 
-    def addSkip(self, test, reason) -> None:
+    def addSkip(self, test: unittest.TestCase, reason: str) -> None:
         super().addSkip(test, reason)
         self._line(True, test, f' # SKIP {reason}')
 

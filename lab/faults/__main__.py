@@ -24,6 +24,7 @@ from concurrent.futures import (FIRST_COMPLETED, Future, ThreadPoolExecutor,
 from typing import Iterator, List, Optional, Set, Tuple
 
 from lab import UserError, cli, host, qemu
+from lab.base import BUILD
 from lab.faults import cases, known, live, report
 from lab.faults.attempt import Ending
 from lab.faults.cases import Case
@@ -67,7 +68,7 @@ def parse_args() -> argparse.Namespace:
                         default=host.cpus(),
                         help='cases at a time (default: one a CPU)')
     parser.add_argument('--library', metavar='FILE',
-                        default=f'{cli.BUILD}/rig/fail-calls.so',
+                        default=f'{BUILD}/rig/fail-calls.so',
                         help='what lets system calls fail')
     parser.add_argument('--timeout', type=float, default=TIMEOUT,
                         metavar='SECONDS', help='for the migrations of a case '

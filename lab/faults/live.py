@@ -24,7 +24,7 @@ from lab.faults.sides import Side, Snapshot
 from lab.faults.verdict import check_ended, require
 from lab.guest import writer
 from lab.memory import KIB, MIB, PAGE_SIZE
-from lab.migrate import watched
+from lab.migrate import Watchdog, watched
 
 
 _SIZE = 64 * MIB
@@ -109,7 +109,7 @@ class _Live(Job):
                 'that is wrong')
         return said
 
-    def _wait_for(self, name: str, what: str, more: int, watchdog) -> None:
+    def _wait_for(self, name: str, what: str, more: int, watchdog: Watchdog) -> None:
         goal = self._said(name).count(what) + more
         while self._said(name).count(what) < goal:
             if watchdog.tripped:
@@ -140,7 +140,7 @@ class _Live(Job):
             self._check_by_guest(name, destination, watchdog)
 
     def _migrate(self, case: Case, number: int, source: Side,
-                 destination: Side, on: Set[str], watchdog) -> Set[str]:
+                 destination: Side, on: Set[str], watchdog: Watchdog) -> Set[str]:
         extra = {'return-path'} if case.return_path else set()
         configure(destination, case.how, set(), extra)
         on = configure(source, case.how, on, extra, case.bandwidth)
@@ -190,7 +190,7 @@ class _Live(Job):
                 f'{comparison.first_difference or 0:#x}')
 
     def _check_by_guest(self, name: str, destination: Side,
-                        watchdog) -> None:
+                        watchdog: Watchdog) -> None:
         """The guest's own opinion, and that it goes on."""
         if destination.status() == 'running':
             self._wait_for(name, 'B', 2, watchdog)

@@ -33,7 +33,7 @@ def summary(results: List[Result], seconds: float) -> str:
                         if result.happened else f'{result.outcome} (nothing '
                         'happened)')
                        for result in ran if not result.complaint)
-    calls: Counter = Counter()
+    calls: Counter[str] = Counter()
     for result in ran:
         calls.update(result.failed_calls)
     lines = _table(('fault', 'outcome', 'cases'),

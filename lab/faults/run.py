@@ -22,7 +22,7 @@ from lab.faults.peek import Expected
 from lab.faults.sides import Layout, Side, Snapshot, Unavailable, stacks
 from lab.faults.verdict import Wrong, require
 from lab.memory import GIB, MIB, PAGE_SIZE
-from lab.migrate import MigrationAborted, watched
+from lab.migrate import MigrationAborted, Watchdog, watched
 from lab.qemu import GuestError
 
 
@@ -71,7 +71,7 @@ class Result:
     happened: bool = False
     peeks: int = 0
     logs: Dict[str, str] = field(default_factory=dict)
-    failed_calls: Counter = field(default_factory=Counter)
+    failed_calls: Counter[str] = field(default_factory=Counter)
 
 
 def _no_core_dumps() -> None:
@@ -246,7 +246,7 @@ class _Run(Job):
         return configure(source, case.how, was_on, extra, case.bandwidth)
 
     def _migrate(self, source: Side, destination: Side, snapshot: Snapshot,
-                 old: Layout, watchdog) -> Optional[Set[str]]:
+                 old: Layout, watchdog: Watchdog) -> Optional[Set[str]]:
         """Returns the source's capabilities if it is to try again."""
         case = self._case
         on = self._configure(source, destination, set(), case)
@@ -369,7 +369,7 @@ class _Run(Job):
     # Afterwards
 
     def _same_pair(self, source: Side, destination: Side,
-                   snapshot: Snapshot, on: Set[str], watchdog) -> None:
+                   snapshot: Snapshot, on: Set[str], watchdog: Watchdog) -> None:
         """It was cancelled before the destination has heard of it."""
         again = replace(self._case, fault='none', exit_on_error=True,
                         moment=None, bandwidth=0)
@@ -389,7 +389,7 @@ class _Run(Job):
         verdict.check_content('the destination, the same pair again',
                               snapshot, destination)
 
-    def _try_again(self, source: Side, was_on: Set[str], watchdog) -> None:
+    def _try_again(self, source: Side, was_on: Set[str], watchdog: Watchdog) -> None:
         """With a new destination, and without faults."""
         case = self._case
         mode = MODES[case.second_mode or case.mode]

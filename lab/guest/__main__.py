@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from lab import memory
-from lab.cli import (BUILD, add_qemu_arguments, check_binaries, guest_size,
+from lab.base import BUILD
+from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
                      memory_floor, run_main, say)
 from lab.guest.linux import (Console, GuestUnavailable, Load, lose_writes,
                              prepare)

@@ -469,7 +469,7 @@ def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
 
 
 def ram_file(stack: ExitStack, backend: str, size: int,
-              directory: str) -> str:
+             directory: str) -> str:
     """A guest's own file for its RAM, if the backend wants one; its name.
 
     directory: for a file that is not to be memory.

@@ -33,7 +33,8 @@ from lab.cli import check_binaries, memory_floor, run_main
 from lab.measure.operation import wait_until
 from lab.memory import MIB, AnonymousRam, FileRam, GuestRam, PrivateFileRam
 from lab.migrate import MigrationFailed, configure, watched
-from lab.qemu import SHM, Guest, import_qemu
+from lab.host import SHM
+from lab.qemu import Guest, import_qemu
 from lab.stream import (Stream, StreamError, difference, first_difference,
                         multifd_difference, without_empty_sections)
 

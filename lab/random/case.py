@@ -300,7 +300,7 @@ class _Draw:
         if self.mode == 'xbzrle' or (self.mode in ('postcopy', 'file')
                                      and _chance(rng, 20)):
             both.append('xbzrle')
-        if not self.mode in _TO_FILE and _chance(rng, 40):
+        if self.mode not in _TO_FILE and _chance(rng, 40):
             both.append('return-path')
             if _chance(rng, 30):
                 both.append('switchover-ack')

@@ -526,8 +526,10 @@ class Migration:
     def _internal_snapshot(self) -> None:
         image = {'driver': 'file', 'filename': f'{self._directory}/disk'}
         source, destination = self.source.qemu, self.destination.qemu
-        for options in ({**image, 'size': 0},
-                        {'driver': 'qcow2', 'file': image, 'size': MIB}):
+        creations: Tuple[Dict[str, Any], ...] = (
+            {**image, 'size': 0},
+            {'driver': 'qcow2', 'file': image, 'size': MIB})
+        for options in creations:
             self._job(source, 'blockdev-create', 'create', options=options)
         disk = {'driver': 'qcow2', 'node-name': _DISK, 'file': image}
         for qemu, command in ((source, 'snapshot-save'),

@@ -3,11 +3,8 @@
 
 import os
 import random
-import sys
 import unittest
 from dataclasses import replace
-
-sys.dont_write_bytecode = True
 
 from lab.blocks import Mapping, parse_blocks
 from lab.random import case as random_case, model
