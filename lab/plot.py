@@ -27,7 +27,7 @@ from lab.base import ROOT
 from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
                      memory_floor, run_main, say)
 from lab.measure import report
-from lab.measure.operation import (MeasureConfig, Operation, OverTcp, Session,
+from lab.measure.operation import (MeasureConfig, Migrate, Operation, Session,
                                    Times, measure)
 from lab.memory import GIB, MIB, format_size
 from lab.qemu import import_qemu, pick_accelerator
@@ -330,7 +330,7 @@ class Plotter:
         for _ in range(RUNS):
             for (series, size), times in points.items():
                 if not times or max(times) < SLOW:
-                    times.append(self._measure(OverTcp(), series, size))
+                    times.append(self._measure(Migrate(), series, size))
         rows = [(series[0], size // GIB, len(times), min(times),
                  statistics.median(times), max(times))
                 for (series, size), times in points.items()]
@@ -342,7 +342,7 @@ class Plotter:
         rows: List[Sequence[object]] = []
         seconds = 0.0
         for series in (STOCK, PATCHED):
-            watched = Watched(OverTcp(), seconds)
+            watched = Watched(Migrate(), seconds)
             self._measure(watched, series, self._largest_full)
             for side, name in ((1, 'source'), (2, 'destination')):
                 rows += [[f'{series[0]}, {name}', *point]

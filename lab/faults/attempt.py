@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Set, Tuple
 
-from lab.faults.cases import BYTES, SECONDS, Case, Cut, Mode
+from lab.faults.cases import BYTES, SECONDS, Case, Cut
 from lab.faults.known import has_migration_thread
 from lab.faults.peek import Expected, Peeker
 from lab.faults.proxy import Proxy
 from lab.faults.sides import Side
 from lab.memory import PAGE_SIZE
 from lab.migrate import MigrationAborted, Watchdog
+from lab.modes import Mode
 from lab.qemu import GuestError, GuestGone
 
 

@@ -3,65 +3,28 @@
 
 import errno
 import random
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
                     Tuple)
 
+from lab import modes
 from lab.faults.failcalls import ALWAYS, CALLS, Rule
 from lab.memory import KIB, MIB, PAGE_SIZE
 
 
-# How guests migrate
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to migrate.
-
-    capabilities: of both sides.
-    parameters: of both sides.
-    channels: connections that there are, the main one included.
-    postcopy: switch to it.
-    file: through a file, not a connection.
-    """
-    capabilities: Tuple[str, ...] = ()
-    parameters: Dict[str, Any] = field(default_factory=dict)
-    channels: int = 1
-    postcopy: bool = False
-    file: bool = False
-
-
-_MULTIFD = {'multifd-channels': 3}
-_LEGACY = {'multifd-channels': 3, 'zero-page-detection': 'legacy'}
-
-MODES = {
-    'precopy': Mode(),
-    'xbzrle': Mode(('xbzrle',)),
-    'multifd': Mode(('multifd',), _MULTIFD, 4),
-    'multifd-legacy': Mode(('multifd',), _LEGACY, 4),
-    'postcopy': Mode(('postcopy-ram',), postcopy=True),
-    'preempt': Mode(('postcopy-ram', 'postcopy-preempt'), channels=2,
-                    postcopy=True),
-    'file': Mode(file=True),
-    'mapped-ram': Mode(('mapped-ram',), file=True),
-    'mapped-ram-multifd': Mode(('mapped-ram', 'multifd'), _MULTIFD,
-                               file=True),
-    'sparse-ram': Mode(('sparse-ram',)),
-    'sparse-ram-xbzrle': Mode(('sparse-ram', 'xbzrle')),
-    'sparse-ram-multifd': Mode(('sparse-ram', 'multifd'), _MULTIFD, 4),
-    'sparse-ram-postcopy': Mode(('sparse-ram', 'postcopy-ram'),
-                                postcopy=True),
-    'sparse-ram-preempt': Mode(
-        ('sparse-ram', 'postcopy-ram', 'postcopy-preempt'), channels=2,
-        postcopy=True),
-}
+# How guests migrate.  A mode is drawn by its place here.
+MODES = {name: (modes.MODES[name].also(multifd_channels=3)
+                if modes.MODES[name].multifd else modes.MODES[name])
+         for name in (
+             'precopy', 'xbzrle', 'multifd', 'multifd-legacy', 'postcopy',
+             'preempt', 'file', 'mapped-ram', 'mapped-ram-multifd',
+             'sparse-ram', 'sparse-ram-xbzrle', 'sparse-ram-multifd',
+             'sparse-ram-postcopy', 'sparse-ram-preempt')}
 
 NETWORK = tuple(name for name, mode in MODES.items() if not mode.file)
 FILES = tuple(name for name, mode in MODES.items() if mode.file)
 POSTCOPY = tuple(name for name, mode in MODES.items() if mode.postcopy)
 PRECOPY = tuple(name for name in NETWORK if name not in POSTCOPY)
-# Whatever the others do: all capabilities, to switch them off again
-CAPABILITIES = tuple(sorted({capability for mode in MODES.values()
-                             for capability in mode.capabilities}))
 
 # Kinds of RAM, see sides.py.  'anonymous' and those after it have no file that
 # can be asked for holes.
@@ -150,7 +113,7 @@ class Case:
     second_mode: str = ''
 
     @property
-    def how(self) -> Mode:
+    def how(self) -> modes.Mode:
         """The mode itself."""
         return MODES[self.mode]
 

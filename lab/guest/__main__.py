@@ -19,16 +19,16 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Any, List, Optional, Sequence
 
-from lab import memory
+from lab import memory, modes
 from lab.base import BUILD
 from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
                      memory_floor, run_main, say)
 from lab.guest.linux import (Console, GuestUnavailable, Load, lose_writes,
                              prepare)
-from lab.measure.operation import OverTcp, Session, ToFile
+from lab.measure.operation import Migrate, Session
 from lab.measure.report import mib, rst_table
 from lab.memory import GIB, MIB, format_size
 from lab.migrate import MigrationFailed, watched
@@ -59,34 +59,17 @@ LOST_PAGES = 4096
 LOG = os.path.join(BUILD, 'logs/real-guest-console.log')
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A way to migrate."""
-    capabilities: Tuple[str, ...] = ()
-    parameters: Dict[str, Any] = field(default_factory=dict)
-    file: bool = False
-
-    @property
-    def operation(self) -> Any:
-        """What does it."""
-        if self.file:
-            return ToFile(self.capabilities, parameters=self.parameters)
-        return OverTcp(self.capabilities, self.parameters,
-                       postcopy='postcopy-ram' in self.capabilities)
-
-
 MODES = {
-    'precopy': Mode(),
-    'multifd': Mode(('multifd',), {'multifd-channels': 4}),
-    'postcopy': Mode(('postcopy-ram',)),
-    'sparse-ram': Mode(('sparse-ram',)),
-    'xbzrle': Mode(('xbzrle',), {'xbzrle-cache-size': 256 * MIB}),
-    'mapped-ram': Mode(('mapped-ram', 'multifd'), file=True),
-    'auto-converge': Mode(('auto-converge',)),
-    'sparse-ram,multifd': Mode(('sparse-ram', 'multifd'),
-                               {'zero-page-detection': 'legacy'}),
-    'sparse-ram,postcopy': Mode(('sparse-ram', 'postcopy-ram',
-                                 'postcopy-preempt')),
+    'precopy': modes.PRECOPY,
+    'multifd': modes.MULTIFD.also(multifd_channels=4),
+    'postcopy': modes.POSTCOPY,
+    'sparse-ram': modes.SPARSE_RAM,
+    'xbzrle': modes.MODES['xbzrle'].also(xbzrle_cache_size=256 * MIB),
+    'mapped-ram': modes.MODES['mapped-ram-multifd'],
+    'auto-converge': modes.MODES['auto-converge'],
+    'sparse-ram,multifd': modes.MODES['sparse-ram-multifd'].also(
+        zero_page_detection='legacy'),
+    'sparse-ram,postcopy': modes.MODES['sparse-ram-preempt'],
 }
 
 
@@ -214,14 +197,14 @@ class Traveller:        # pylint: disable=too-many-instance-attributes
 
     def hop(self, name: str) -> Hop:
         """Migrate it to a new QEMU, and end the old one."""
-        mode, source = MODES[name], self._guest
+        source = self._guest
         with ExitStack() as stack:
             destination = self._new_qemu(stack, incoming=True)
             _clear_capabilities(source)
             before = self._allocated(source)
             with watched((source, destination), memory_floor(),
                          HOP_TIMEOUT) as watchdog:
-                times = mode.operation.run(Session(
+                times = Migrate(MODES[name]).run(Session(
                     source, destination, watchdog, self._directory))
             after = self._allocated(source), self._allocated(destination)
             _remove(os.path.join(self._directory, 'state'))

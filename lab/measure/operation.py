@@ -21,6 +21,7 @@ from lab.measure.ping import Pinger
 from lab.memory import GIB, MIB, PAGE_SIZE, Sample
 from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
                          configure, listen, watched, why_failed)
+from lab.modes import PRECOPY, Mode
 from lab.qemu import BACKENDS, Guest
 
 # Seconds between two looks at how far it is
@@ -100,10 +101,6 @@ class Operation(Protocol):
         """Bytes that a guest of this size may need of the directory."""
 
 
-def _start(guest: Guest, uri: str) -> None:
-    guest.qmp('migrate', uri=uri)
-
-
 def _wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
     """Wait until a side has completed; returns its query-migrate."""
     info: Dict[str, Any] = {}
@@ -166,48 +163,74 @@ def write_by_qtest(guest: Guest, pages: List[int]) -> None:
 
 
 @dataclass(frozen=True)
-class OverTcp:
-    """A migration from the source to the destination, through loopback.
+class Migrate:
+    """A migration from the source to the destination: through loopback, or to a
+    file, which the destination then loads.
 
-    postcopy: switch to postcopy as soon as it has started.
+    Postcopy is switched to as soon as it has started.
     meanwhile: called once it has started.
     dirty: percent of the pages to write to just before the switchover, when
     all have been sent; RAM of at most 2 GiB.  That takes no time that counts.
     """
-    capabilities: Tuple[str, ...] = ()
-    parameters: Dict[str, Any] = field(default_factory=dict)
-    postcopy: bool = False
+    mode: Mode = PRECOPY
     meanwhile: Optional[Callable[[Session], None]] = None
     dirty: int = 0
     loads = True
-    must_have_run = False
+
+    @property
+    def must_have_run(self) -> bool:
+        """Of a guest in "prelaunch", QEMU aborts taking a snapshot."""
+        return 'background-snapshot' in self.mode.saving
 
     def run(self, session: Session) -> Times:
         assert session.destination
-        for guest in (session.source, session.destination):
-            configure(guest, (*self.capabilities, 'events'),
-                      {'max-bandwidth': _BANDWIDTH, **self.parameters})
+        mode, source, destination = (self.mode, session.source,
+                                     session.destination)
+        parameters = {'max-bandwidth': _BANDWIDTH, **mode.parameters}
+        more = ('pause-before-switchover',) if self.dirty else ()
+        configure(source, (*mode.capabilities, *mode.saving, *more, 'events'),
+                  parameters)
+        configure(destination, (*mode.capabilities, 'events'), parameters)
+        for guest in (source, destination):
             guest.migration_times()     # forget what was before
-        if self.dirty:
-            configure(session.source, ('pause-before-switchover',), {})
-        address = listen(session.destination)
+        if mode.file:
+            return self._through_file(session, source, destination)
+        return self._through_loopback(session, source, destination)
+
+    def _through_file(self, session: Session, source: Guest,
+                      destination: Guest) -> Times:
+        save, load = self.mode.uris(os.path.join(session.directory, 'state'))
         started = time.monotonic()
-        _start(session.source, address)
+        source.qmp('migrate', uri=save)
+        info = _wait_for_migration(session, source)
+        saved = time.monotonic()
+        destination.qmp('migrate-incoming', uri=load)
+        _wait_for_migration(session, destination)
+        loaded = _times(session, destination)
+        return Times(info['total-time'] / 1000, saved - started,
+                     loaded['completed'] - min(loaded.values()), info['ram'])
+
+    def _through_loopback(self, session: Session, source: Guest,
+                          destination: Guest) -> Times:
+        postcopy = self.mode.postcopy
+        address = listen(destination)
+        started = time.monotonic()
+        source.qmp('migrate', uri=address)
         if self.meanwhile:
             self.meanwhile(session)
-        if self.postcopy:
-            session.source.qmp('migrate-start-postcopy')
+        if postcopy:
+            source.qmp('migrate-start-postcopy')
         if self.dirty:
             self._dirty(session)
-        info = _wait_for_migration(session, session.source)
-        _wait_for_migration(session, session.destination)
+        info = _wait_for_migration(session, source)
+        _wait_for_migration(session, destination)
         wall = time.monotonic() - started
-        if self.postcopy and not info['ram'].get('postcopy-bytes'):
+        if postcopy and not info['ram'].get('postcopy-bytes'):
             raise MigrationFailed('it never switched to postcopy')
         downtime = info['downtime'] / 1000
-        sent = _times(session, session.source)
-        received = _times(session, session.destination)
-        if 'device' in sent and not self.postcopy:
+        sent = _times(session, source)
+        received = _times(session, destination)
+        if 'device' in sent and not postcopy:
             downtime = received['completed'] - sent['device']
         paused = (sent['device'] - sent['pre-switchover'] if self.dirty
                   else 0.0)
@@ -221,52 +244,9 @@ class OverTcp:
         write_by_qtest(source, dirty_pages(source.ram.size, self.dirty))
         source.qmp('migrate-continue', state='pre-switchover')
 
-    def file_size(self, _: int) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class ToFile:
-    """A migration of the source to a file, which the destination then loads.
-
-    saving: capabilities that only the source has.
-    piped: let cat write and read the file, as a QEMU older than 8.2 needs.
-    """
-    capabilities: Tuple[str, ...] = ()
-    saving: Tuple[str, ...] = ()
-    parameters: Dict[str, Any] = field(default_factory=dict)
-    piped: bool = False
-    loads = True
-
-    @property
-    def must_have_run(self) -> bool:
-        """Of a guest in "prelaunch", QEMU aborts taking a snapshot."""
-        return 'background-snapshot' in self.saving
-
-    def run(self, session: Session) -> Times:
-        assert session.destination
-        parameters = {'max-bandwidth': _BANDWIDTH, **self.parameters}
-        configure(session.source, self.capabilities + self.saving, parameters)
-        configure(session.destination, (*self.capabilities, 'events'),
-                  parameters)
-        path = os.path.join(session.directory, 'state')
-        save, load = (('exec:cat >', 'exec:cat ') if self.piped
-                      else ('file:', 'file:'))
-
-        started = time.monotonic()
-        _start(session.source, save + path)
-        info = _wait_for_migration(session, session.source)
-        saved = time.monotonic()
-        session.destination.migration_times()   # forget what was before
-        session.destination.qmp('migrate-incoming', uri=load + path)
-        _wait_for_migration(session, session.destination)
-        loaded = _times(session, session.destination)
-        return Times(info['total-time'] / 1000, saved - started,
-                     loaded['completed'] - min(loaded.values()), info['ram'])
-
     def file_size(self, size: int) -> int:
         # With every page sent as data, which is what mapped-ram may come to
-        return size + size // 64
+        return size + size // 64 if self.mode.file else 0
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import List, Optional, Sequence, Tuple
 
-from lab.measure.operation import (DirtyRate, Dump, InternalSnapshot,
-                                   Operation, OverTcp, ToFile)
+from lab.measure.operation import (DirtyRate, Dump, InternalSnapshot, Migrate,
+                                   Operation)
 from lab.memory import GIB, MIB, SMALLEST, format_size
+from lab.modes import MODES, MULTIFD
 
 
 @dataclass(frozen=True)
@@ -134,39 +135,36 @@ def _growth(name: str, what: str, operation: Operation,
                targets=tuple(targets))
 
 
-_MAPPED_RAM = ('mapped-ram',)
-_MAPPED_RAM_MULTIFD = ('mapped-ram', 'multifd')
-
 # Of an idle guest
 GROWTH: Tuple[Row, ...] = (
-    _growth('precopy', 'precopy over tcp', OverTcp(), _LOADS),
-    _growth('xbzrle', 'precopy over tcp, xbzrle', OverTcp(('xbzrle',)),
+    _growth('precopy', 'precopy over tcp', Migrate(), _LOADS),
+    _growth('xbzrle', 'precopy over tcp, xbzrle', Migrate(MODES['xbzrle']),
             _LOADS),
     _growth('multifd', 'multifd, zero-page-detection=multifd',
-            OverTcp(('multifd',), {'zero-page-detection': 'multifd'}),
+            Migrate(MULTIFD.also(zero_page_detection='multifd')),
             _LOADS),
     _growth('multifd-legacy', 'multifd, zero-page-detection=legacy',
-            OverTcp(('multifd',), {'zero-page-detection': 'legacy'}),
+            Migrate(MODES['multifd-legacy']),
             _LOADS),
     # Every page is sent as data, so that the destination has to fill up
     _growth('multifd-none', 'multifd, zero-page-detection=none',
-            OverTcp(('multifd',), {'zero-page-detection': 'none'}), _READS),
+            Migrate(MODES['multifd-no-zero-page-detection']), _READS),
     _growth('postcopy', 'postcopy at once',
-            OverTcp(('postcopy-ram',), postcopy=True), _LOADS),
+            Migrate(MODES['postcopy']), _LOADS),
     _growth('postcopy-preempt', 'postcopy at once, postcopy-preempt',
-            OverTcp(('postcopy-ram', 'postcopy-preempt'), postcopy=True),
+            Migrate(MODES['preempt']),
             _LOADS),
-    _growth('file', 'to a file', ToFile(), _LOADS),
-    _growth('mapped-ram', 'to a file, mapped-ram', ToFile(_MAPPED_RAM),
+    _growth('file', 'to a file', Migrate(MODES['file']), _LOADS),
+    _growth('mapped-ram', 'to a file, mapped-ram', Migrate(MODES['mapped-ram']),
             _LOADS),
     _growth('mapped-ram-multifd', 'to a file, mapped-ram, multifd',
-            ToFile(_MAPPED_RAM_MULTIFD), _LOADS),
+            Migrate(MODES['mapped-ram-multifd']), _LOADS),
     _growth('mapped-ram-direct-io',
             'to a file, mapped-ram, multifd, direct-io',
-            ToFile(_MAPPED_RAM_MULTIFD, parameters={'direct-io': True}),
+            Migrate(MODES['mapped-ram-multifd'].also(direct_io=True)),
             _LOADS, needs_direct_io=True),
     _growth('background-snapshot', 'to a file, background-snapshot',
-            ToFile(saving=('background-snapshot',)), _MIGRATES),
+            Migrate(MODES['background-snapshot']), _MIGRATES),
     # What savevm writes and loadvm reads is the guest's own RAM
     _growth('savevm', 'savevm and loadvm, qcow2', InternalSnapshot(), _READS),
     _growth('dump-elf', 'dump-guest-memory, raw ELF', Dump('elf'), _READS,
@@ -177,24 +175,24 @@ GROWTH: Tuple[Row, ...] = (
     _growth('dirty-rate', 'calc-dirty-rate, page-sampling, 4096 pages a GiB',
             DirtyRate(4096), _READS),
     _growth('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages',
-            OverTcp(), _LOADS, 'memfd-hugetlb', largest=2 * GIB,
+            Migrate(), _LOADS, 'memfd-hugetlb', largest=2 * GIB,
             why='huge pages are few'),
     # The source of a private mapping is read, and so fills the file
-    _growth('private', 'precopy over tcp, memfd share=off', OverTcp(),
+    _growth('private', 'precopy over tcp, memfd share=off', Migrate(),
             (DESTINATION_STAYS, DESTINATION_TABLES), 'memfd-private'),
     _growth('shm-file', 'precopy over tcp, memory-backend-file on /dev/shm',
-            OverTcp(), _LOADS, 'shm-file'),
-    _growth('anonymous', 'precopy over tcp, memory-backend-ram', OverTcp(),
+            Migrate(), _LOADS, 'shm-file'),
+    _growth('anonymous', 'precopy over tcp, memory-backend-ram', Migrate(),
             (), 'anonymous'),
     _growth('anonymous-multifd', 'multifd, memory-backend-ram',
-            OverTcp(('multifd',)),
+            Migrate(MULTIFD),
             (SOURCE_STAYS, DESTINATION_STAYS, DESTINATION_TABLES),
             'anonymous'))
 
 
 def _speed(name: str, what: str, variants: Tuple[Variant, Variant],
            limit: float, guest: str = FULL, fill: Optional[int] = None,
-           holes: bool = False, operation: OverTcp = OverTcp()) -> Row:
+           holes: bool = False, operation: Migrate = Migrate()) -> Row:
     baseline, subject = variants
     targets: Tuple[object, ...] = (RatioAtMost('total_time', limit),)
     if holes:
@@ -226,7 +224,7 @@ def _with_sparse_ram(size: int) -> Variant:
 def _sparse_ram(name: str, baseline: Variant, size: int,
                 seconds: float) -> Row:
     return Row(name, f'precopy over tcp, sparse-ram, {format_size(size)}',
-               OverTcp(), baseline, _with_sparse_ram(size),
+               Migrate(), baseline, _with_sparse_ram(size),
                targets=(AtMost('total_time', seconds), *_LOADS, *_LEAN))
 
 
@@ -240,7 +238,7 @@ SPARSE_RAM: Tuple[Row, ...] = (
 # Time depends on the data, not on the size of RAM
 SCATTERED: Tuple[Row, ...] = (
     Row('sparse-ram-scattered',
-        'sparse-ram, data in extents of 64 KiB over 256 GiB', OverTcp(),
+        'sparse-ram, data in extents of 64 KiB over 256 GiB', Migrate(),
         Variant('full', 'patched', capabilities=_SPARSE_RAM),
         Variant('scattered', 'patched', capabilities=_SPARSE_RAM,
                 size=256 * GIB, scattered=True),
@@ -252,9 +250,8 @@ _HARMLESS_LIMIT = 1.02
 
 # Go on until all is sent.  By default, the last 300 ms of the first pass may
 # be a part of the downtime, and how much it is depends on the moment.
-_ALL_BEFORE = {'downtime-limit': 0}
-_PRECOPY = OverTcp((), _ALL_BEFORE)
-_MULTIFD = OverTcp(('multifd',), _ALL_BEFORE)
+_PRECOPY = Migrate(MODES['precopy'].also(downtime_limit=0))
+_MULTIFD = Migrate(MULTIFD.also(downtime_limit=0))
 
 
 def _paired(*metrics: str) -> Tuple[object, ...]:
@@ -288,7 +285,7 @@ def _harmless_restore(name: str, what: str, backend: str,
     # Of anonymous RAM, with which both QEMUs write the same file
     return _harmless(f'restore-{name}',
                      f'mapped-ram file of {guest}, loaded into {what}', fill,
-                     operation=ToFile(_MAPPED_RAM), backend='anonymous',
+                     operation=Migrate(MODES['mapped-ram']), backend='anonymous',
                      destination=backend, needs_thp=needs_thp,
                      targets=_paired('destination_cpu', 'load_time'))
 
@@ -354,7 +351,7 @@ HARMLESS: Tuple[Row, ...] = (
 
 
 def _fast(name: str, what: str, size: int, seconds: float,
-          operation: Operation = OverTcp(), backend: str = 'memfd') -> Row:
+          operation: Operation = Migrate(), backend: str = 'memfd') -> Row:
     return Row(f'fast-{name}', f'{what}, {format_size(size)}', operation, None,
                Variant('patched', 'patched', backend, size=size),
                targets=(AtMost('total_time', seconds),))
@@ -366,11 +363,11 @@ _FAST: Tuple[Row, ...] = (
     _fast('precopy-256G', 'precopy over tcp', 256 * GIB, 1.0),
     _fast('precopy-1T', 'precopy over tcp', 1024 * GIB, 4.0),
     _fast('multifd', 'multifd, 2 channels', 64 * GIB, 1.0,
-          OverTcp(('multifd',), {'multifd-channels': 2})),
+          Migrate(MULTIFD.also(multifd_channels=2))),
     _fast('postcopy', 'postcopy at once', 64 * GIB, 0.5,
-          OverTcp(('postcopy-ram',), postcopy=True)),
+          Migrate(MODES['postcopy'])),
     _fast('background-snapshot', 'to a file, background-snapshot', 8 * GIB,
-          0.3, ToFile(saving=('background-snapshot',))),
+          0.3, Migrate(MODES['background-snapshot'])),
     _fast('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages', 8 * GIB,
           0.1, backend='memfd-hugetlb-unreserved'),
     _fast('dump-elf', 'dump-guest-memory, raw ELF', 4 * GIB, 0.2,

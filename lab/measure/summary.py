@@ -5,7 +5,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
-                    Tuple)
+                    Tuple, cast)
 
 from lab.measure.operation import Measurement
 from lab.measure.report import rst_table
@@ -404,7 +404,7 @@ def as_dict(result: RowResult) -> Dict[str, Any]:
     return {
         'name': row.name, 'what': row.what, 'guest': row.guest,
         'operation': {'kind': type(row.operation).__name__,
-                      **vars(row.operation)},
+                      **asdict(cast(Any, row.operation))},
         'fill': row.fill, 'size': result.size, 'wanted_size': result.wanted,
         'skipped': result.skipped, 'failures': result.failures,
         'baseline': row.baseline and asdict(row.baseline),

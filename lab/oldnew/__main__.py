@@ -27,9 +27,10 @@ from lab import content, host, memory
 from lab.base import BUILD
 from lab.ci.cases import Case, Failure, Skip, add_arguments, expect, run_cases
 from lab.cli import check_binaries, memory_floor, run_main
-from lab.measure.operation import Operation, OverTcp, Session, ToFile
+from lab.measure.operation import Migrate, Session
 from lab.memory import MIB, PAGE_SIZE, Extent
 from lab.migrate import MigrationFailed, configure, settle, watched
+from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
 
 SIZE = 128 * MIB
@@ -67,7 +68,7 @@ class Writer:
     # data than is made dirty meanwhile.
     FAST, SLOW = 24 * MIB, 1 * MIB      # bytes per second
     FAST_UNTIL = 12 * MIB               # that are left
-    PARAMETERS = {'max-bandwidth': FAST, 'downtime-limit': 1}
+    PARAMETERS = {'max_bandwidth': FAST, 'downtime_limit': 1}
 
     def __init__(self, path: str, xbzrle: bool):
         """path: of the qtest socket, see arguments()."""
@@ -131,17 +132,17 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Mode:
-    """A way to migrate.
+class Way:
+    """A mode, and what is done meanwhile.
 
-    old: whether QEMU 7.2 has it.
+    old: whether QEMU 7.2 has the mode.
     writes: whether RAM changes meanwhile.
     running: whether the guest runs before and afterwards.
     backends: of the patched side and of the other; modes that QEMU has for
     all kinds of RAM are tried with more of them.
     """
     name: str
-    operation: Operation
+    mode: Mode
     old: bool = True
     writes: bool = False
     running: bool = False
@@ -149,45 +150,35 @@ class Mode:
     backends: Tuple[str, str] = ('memfd', 'memfd')
 
 
-_LEGACY = {'zero-page-detection': 'legacy'}
-_MULTIFD = OverTcp(('multifd',), {'multifd-channels': 4})
+_MULTIFD = MULTIFD.also(multifd_channels=4)
 # To start it and to switch it to postcopy are two commands: between them, precopy
 # must not come to its end.  Postcopy has a limit of its own, which is none.
-_SLOW_PRECOPY = {'max-bandwidth': MIB}
-_POSTCOPY = OverTcp(('postcopy-ram',), _SLOW_PRECOPY, postcopy=True)
-_PREEMPT = OverTcp(('postcopy-ram', 'postcopy-preempt'), _SLOW_PRECOPY,
-                   postcopy=True)
-_FILE = ToFile()
-
-
-def _compressed(method: str) -> OverTcp:
-    return OverTcp(('multifd',), {'multifd-compression': method})
-
+_POSTCOPY = POSTCOPY.also(max_bandwidth=MIB)
 
 # With a stopped guest, xbzrle has nothing to do in the second round
-MODES = (
-    Mode('precopy', OverTcp(), quick=True),
-    Mode('precopy-writes', OverTcp(), writes=True),
-    Mode('precopy-running', OverTcp(), running=True, quick=True),
-    Mode('xbzrle-writes', OverTcp(('xbzrle',)), writes=True, quick=True),
-    Mode('multifd', _MULTIFD, quick=True),
-    Mode('multifd-writes', _MULTIFD, writes=True, quick=True),
-    Mode('multifd-zlib', _compressed('zlib')),
-    Mode('multifd-zstd', _compressed('zstd')),
-    Mode('multifd-legacy', OverTcp(('multifd',), _LEGACY), old=False),
-    Mode('postcopy', _POSTCOPY, quick=True),
-    Mode('postcopy-running', _POSTCOPY, running=True),
-    Mode('postcopy-preempt', _PREEMPT),
-    Mode('exec', ToFile(piped=True)),
-    Mode('file', _FILE, old=False, quick=True),
-    Mode('mapped-ram', ToFile(('mapped-ram',)), old=False, quick=True),
-    Mode('mapped-ram-multifd', ToFile(('mapped-ram', 'multifd')), old=False))
+WAYS = (
+    Way('precopy', PRECOPY, quick=True),
+    Way('precopy-writes', PRECOPY, writes=True),
+    Way('precopy-running', PRECOPY, running=True, quick=True),
+    Way('xbzrle-writes', MODES['xbzrle'], writes=True, quick=True),
+    Way('multifd', _MULTIFD, quick=True),
+    Way('multifd-writes', _MULTIFD, writes=True, quick=True),
+    Way('multifd-zlib', MODES['multifd-zlib']),
+    Way('multifd-zstd', MODES['multifd-zstd']),
+    Way('multifd-legacy', MODES['multifd-legacy'], old=False),
+    Way('postcopy', _POSTCOPY, quick=True),
+    Way('postcopy-running', _POSTCOPY, running=True),
+    Way('postcopy-preempt', PREEMPT.also(max_bandwidth=MIB)),
+    Way('exec', MODES['exec']),
+    Way('file', MODES['file'], old=False, quick=True),
+    Way('mapped-ram', MODES['mapped-ram'], old=False, quick=True),
+    Way('mapped-ram-multifd', MODES['mapped-ram-multifd'], old=False))
 
 # With other memory backends
-BACKEND_MODES = tuple(
-    replace(mode, name=f'{mode.name}-{ours}-{theirs}', quick=False,
+BACKEND_WAYS = tuple(
+    replace(way, name=f'{way.name}-{ours}-{theirs}', quick=False,
             backends=(ours, theirs))
-    for mode in MODES if mode.name in ('precopy', 'multifd', 'postcopy')
+    for way in WAYS if way.name in ('precopy', 'multifd', 'postcopy')
     for ours, theirs in (('memfd', 'anonymous'), ('shm-file', 'memfd')))
 
 # The machine types that all of them have, and the newest
@@ -256,11 +247,11 @@ def check_runs(guest: Guest) -> None:
     expect(status == 'running', f'on the destination, the guest is {status}')
 
 
-def migrate(rig: Rig, pair: Tuple[str, str], machine: str, mode: Mode) -> None:
+def migrate(rig: Rig, pair: Tuple[str, str], machine: str, way: Way) -> None:
     """One case: from pair[0] to pair[1]."""
     for _ in range(TRIES):
         try:
-            migrate_once(rig, pair, machine, mode)
+            migrate_once(rig, pair, machine, way)
             return
         except EndedTooSoon as err:
             print(f'# {err} before there were {Writer.ROUNDS} rounds: again')
@@ -268,13 +259,12 @@ def migrate(rig: Rig, pair: Tuple[str, str], machine: str, mode: Mode) -> None:
 
 
 def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
-                 mode: Mode) -> None:
+                 way: Way) -> None:
     """The same, once; raises EndedTooSoon."""
-    ours, theirs = mode.backends
+    ours, theirs = way.backends
     backends = [ours if qemu == PATCHED else theirs for qemu in pair]
-    operation = mode.operation
-    if isinstance(operation, OverTcp) and operation.postcopy and \
-            not host.userfaultfd_works(by_device=pair[1] != OLD):
+    mode = way.mode
+    if mode.postcopy and not host.userfaultfd_works(by_device=pair[1] != OLD):
         raise Skip(host.NO_USERFAULTFD)
     if 'shm-file' in backends and host.free_shm() < SIZE:
         raise Skip(f'less than {SIZE // MIB} MiB free in {host.SHM}')
@@ -283,24 +273,21 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
             tempfile.TemporaryDirectory(prefix='old-and-new-'))
         extra: Sequence[str] = ()
         writer: Optional[Writer] = None
-        if mode.writes:
-            assert isinstance(operation, OverTcp)
+        if way.writes:
             writer = Writer(os.path.join(directory, 'qtest'),
-                            'xbzrle' in operation.capabilities)
+                            'xbzrle' in mode.capabilities)
             extra = writer.arguments()
-            operation = replace(
-                operation, meanwhile=writer,
-                parameters={**operation.parameters, **Writer.PARAMETERS})
+            mode = mode.also(**Writer.PARAMETERS)
         source = stack.enter_context(rig.guest(
             'source', pair[0], machine, backend=backends[0],
-            paused=not mode.running, extra_args=extra))
+            paused=not way.running, extra_args=extra))
         destination = stack.enter_context(rig.guest(
             'destination', pair[1], machine, backend=backends[1],
             paused=True, incoming=True))
         watchdog = stack.enter_context(
             watched((source, destination), memory_floor(), TIMEOUT))
 
-        if mode.running:
+        if way.running:
             settle(source)
             memory.write_data(source.ram, SIZE // 8)
         else:
@@ -309,7 +296,8 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
             content.write(destination.ram, OLD_SEED)
         before = content.populated(source.ram)
 
-        operation.run(Session(source, destination, watchdog, directory))
+        Migrate(mode, writer).run(
+            Session(source, destination, watchdog, directory))
 
         check_content(source, destination)
         if pair[0] == PATCHED:
@@ -317,7 +305,7 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
         else:
             side, ram = 'destination', destination.ram
             allowed = content.nonzero(source.ram)
-        if mode.running:
+        if way.running:
             # Firmware uses it on the source, and devices on the destination.
             # On a slow machine, firmware may not be done when it seems so.
             allowed = [*allowed, (0, MIB), *content.nonzero(source.ram)]
@@ -325,7 +313,7 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
             allowed = [*allowed, *((page, page + PAGE_SIZE)
                                    for page in writer.touched)]
         check_allocation(side, ram, allowed)
-        if mode.running:
+        if way.running:
             check_runs(destination)
 
 
@@ -343,7 +331,7 @@ def refuse(rig: Rig, qemu: str, machine: str) -> None:
                          TIMEOUT) as watchdog:
                 configure(source, capabilities, {})
                 try:
-                    OverTcp().run(Session(source, destination, watchdog, ''))
+                    Migrate().run(Session(source, destination, watchdog, ''))
                     expect(good, 'sparse-ram was not refused')
                 except (MigrationFailed, GuestError):
                     if good:
@@ -366,13 +354,13 @@ def all_cases(rig: Rig) -> Iterator[Case]:
             machines = (NEW_MACHINE, *OLD_MACHINES)
         for pair in ((other, PATCHED), (PATCHED, other)):
             for machine in machines:
-                for mode in MODES + BACKEND_MODES:
-                    if other == OLD and not mode.old:
+                for way in WAYS + BACKEND_WAYS:
+                    if other == OLD and not way.old:
                         continue
                     yield Case(
-                        f'{pair[0]}-to-{pair[1]}/{machine}/{mode.name}',
-                        partial(migrate, rig, pair, machine, mode),
-                        mode.quick and machine == NEW_MACHINE)
+                        f'{pair[0]}-to-{pair[1]}/{machine}/{way.name}',
+                        partial(migrate, rig, pair, machine, way),
+                        way.quick and machine == NEW_MACHINE)
         yield Case(f'{PATCHED}-to-{other}/{machines[0]}/sparse-ram-refused',
                    partial(refuse, rig, other, machines[0]), other == STOCK)
 

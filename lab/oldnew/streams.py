@@ -23,7 +23,7 @@ import tempfile
 import threading
 import zlib
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -34,6 +34,7 @@ from lab.measure.operation import wait_until
 from lab.memory import MIB, AnonymousRam, FileRam, GuestRam, PrivateFileRam
 from lab.migrate import MigrationFailed, configure, watched
 from lab.host import SHM
+from lab.modes import MODES, POSTCOPY, PRECOPY, Mode
 from lab.qemu import Guest, import_qemu
 from lab.stream import (Stream, StreamError, difference, first_difference,
                         multifd_difference, without_empty_sections)
@@ -129,59 +130,49 @@ class Catcher:
 
 
 @dataclass(frozen=True)
-class Mode:
-    """How to migrate.
+class Way:
+    """A mode, and what the patched QEMU makes of it.
 
-    to: 'socket', 'file' or 'exec'.
     patched_args: more arguments for the patched QEMU only.
     differs: whether the streams must not be the same.
     holes: whether the patched QEMU looks for holes.
     """
     name: str
-    capabilities: Tuple[str, ...] = ()
-    parameters: Dict[str, Any] = field(default_factory=dict)
+    mode: Mode = PRECOPY
     machine: str = 'q35'
-    to: str = 'socket'
     patched_args: Tuple[str, ...] = ()
     differs: bool = False
     holes: bool = True
     quick: bool = False
 
 
-# One channel: what goes through which of several ones depends on time
-_CHANNELS = {'multifd-channels': 1}
-_MULTIFD = Mode('multifd', ('multifd',), _CHANNELS)
+def _one_channel(name: str, **more: Any) -> Way:
+    """What goes through which of several channels depends on time."""
+    return Way(name, MODES[name].also(multifd_channels=1), **more)
 
 
-def _multifd(name: str, **parameters: Any) -> Mode:
-    return replace(_MULTIFD, name=f'multifd-{name}',
-                   parameters={**_CHANNELS, **parameters})
-
-
-MODES = (
-    Mode('plain', quick=True),
-    Mode('xbzrle', ('xbzrle',)),
-    Mode('postcopy-ram', ('postcopy-ram',), quick=True),
-    Mode('return-path', ('return-path',)),
-    Mode('pc-q35-7.2', machine='pc-q35-7.2'),
-    Mode('pc-i440fx-7.2', machine='pc-i440fx-7.2'),
-    Mode('x-ram-holes-off', holes=False,
-         patched_args=('-global', 'migration.x-ram-holes=off')),
+WAYS = (
+    Way('plain', quick=True),
+    Way('xbzrle', MODES['xbzrle']),
+    Way('postcopy-ram', POSTCOPY, quick=True),
+    Way('return-path', MODES['return-path']),
+    Way('pc-q35-7.2', machine='pc-q35-7.2'),
+    Way('pc-i440fx-7.2', machine='pc-i440fx-7.2'),
+    Way('x-ram-holes-off', holes=False,
+        patched_args=('-global', 'migration.x-ram-holes=off')),
     # Holes are not looked for, but to send zeroes without reading them
-    Mode('no-zero-page-detection', (), {'zero-page-detection': 'none'},
-         holes=False),
-    Mode('file', to='file', quick=True),
-    Mode('exec', to='exec'),
-    replace(_MULTIFD, quick=True),
-    _multifd('legacy', **{'zero-page-detection': 'legacy'}),
-    replace(_multifd('no-zero-page-detection',
-                     **{'zero-page-detection': 'none'}), holes=False),
-    _multifd('zlib', **{'multifd-compression': 'zlib'}),
-    Mode('mapped-ram', ('mapped-ram',), to='file', quick=True),
-    Mode('mapped-ram-multifd', ('mapped-ram', 'multifd'), _CHANNELS,
-         to='file'),
-    Mode('sparse-ram', patched_args=('-global', 'migration.sparse-ram=on'),
-         differs=True, quick=True))
+    Way('no-zero-page-detection', MODES['no-zero-page-detection'],
+        holes=False),
+    Way('file', MODES['file'], quick=True),
+    Way('exec', MODES['exec']),
+    _one_channel('multifd', quick=True),
+    _one_channel('multifd-legacy'),
+    _one_channel('multifd-no-zero-page-detection', holes=False),
+    _one_channel('multifd-zlib'),
+    Way('mapped-ram', MODES['mapped-ram'], quick=True),
+    _one_channel('mapped-ram-multifd'),
+    Way('sparse-ram', patched_args=('-global', 'migration.sparse-ram=on'),
+        differs=True, quick=True))
 
 
 @dataclass(frozen=True)
@@ -199,21 +190,21 @@ def _is_main(data: bytes) -> bool:
     return data.startswith(b'QEVM')
 
 
-def send(binary: str, mode: Mode, arguments: Tuple[str, ...]) -> Sent:
+def send(binary: str, way: Way, arguments: Tuple[str, ...]) -> Sent:
     """Start a guest, prepare its RAM, and let it be sent."""
     with ExitStack() as stack:
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix='same-stream-'))
         path = os.path.join(directory, 'stream')
         catcher = None
-        uri = f'file:{path}' if mode.to == 'file' else f'exec:cat >{path}'
-        if mode.to == 'socket':
+        mode, uri = way.mode, way.mode.uris(path)[0]
+        if not mode.file:
             catcher = stack.enter_context(Catcher(path, bool(
                 {'postcopy-ram', 'return-path'} & set(mode.capabilities))))
             uri = catcher.uri
         guest = stack.enter_context(Guest(
             'source', binary, SIZE, paused=True,
-            extra_args=('-machine', mode.machine, *block_arguments(),
+            extra_args=('-machine', way.machine, *block_arguments(),
                         *FIXED_TIME, *arguments)))
         watchdog = stack.enter_context(
             watched((guest,), memory_floor(), TIMEOUT))
@@ -280,24 +271,24 @@ def notices_change(mode: Mode, sent: Sent) -> bool:
 
 def check_stock(binary: str, extra_args: Tuple[str, ...]) -> None:
     """The same guest, sent twice by the same QEMU."""
-    found = compare(MODES[0], *(send(binary, MODES[0], extra_args)
-                                for _ in range(2)))
+    found = compare(PRECOPY, *(send(binary, WAYS[0], extra_args)
+                               for _ in range(2)))
     expect(found is None, f'twice the same QEMU: {found}')
 
 
 def check(binaries: Tuple[str, str], extra_args: Tuple[str, ...],
-          mode: Mode) -> None:
+          way: Way) -> None:
     """One case, with the stock and the patched QEMU."""
-    stock = send(binaries[0], mode, extra_args)
-    patched = send(binaries[1], mode, (*extra_args, *mode.patched_args))
-    found = compare(mode, stock, patched)
-    if mode.differs:
+    stock = send(binaries[0], way, extra_args)
+    patched = send(binaries[1], way, (*extra_args, *way.patched_args))
+    found = compare(way.mode, stock, patched)
+    if way.differs:
         expect(found is not None, 'the streams are the same')
         return
     expect(found is None, f'stock and patched: {found}')
-    expect(patched.holes is not None and bool(patched.holes) == mode.holes,
+    expect(patched.holes is not None and bool(patched.holes) == way.holes,
            f'the patched QEMU has found {patched.holes} holes')
-    expect(notices_change(mode, patched),
+    expect(notices_change(way.mode, patched),
            'the comparison does not notice a byte that differs')
 
 
@@ -307,9 +298,9 @@ def all_cases(args: argparse.Namespace) -> Iterator[Case]:
     extra = tuple(args.qemu_args)
     yield Case('stock-twice', partial(check_stock, args.stock, extra),
                quick=True)
-    for mode in MODES:
-        yield Case(mode.name, partial(check, (args.stock, args.patched), extra,
-                                      mode), quick=mode.quick)
+    for way in WAYS:
+        yield Case(way.name, partial(check, (args.stock, args.patched), extra,
+                                     way), quick=way.quick)
 
 
 def run() -> int:

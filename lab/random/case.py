@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Tuple
 
+from lab.modes import MODES
 from lab.random.model import PATTERNS
 
 PATCHED, STOCK = 'patched', 'stock'
@@ -80,11 +81,10 @@ _MODE_WEIGHTS = {
 # How often it is this instead, in percent
 _SAVEVM = 4
 
-_TO_FILE = ('file', 'mapped-ram', 'mapped-ram-multifd', 'background-snapshot',
-            'savevm')
+_TO_FILE = (*(name for name in _MODE_WEIGHTS if MODES[name].file), 'savevm')
 # Modes that have migration to themselves
 _ALONE = ('background-snapshot', 'savevm')
-_MULTIFD = ('multifd', 'mapped-ram-multifd')
+_MULTIFD = tuple(name for name in _MODE_WEIGHTS if MODES[name].multifd)
 
 # What a guest that really runs is good for
 _LIVE_MODES = ('precopy', 'xbzrle', 'multifd', 'postcopy')
@@ -279,26 +279,19 @@ class _Draw:
     def _capabilities(self) -> List[List[str]]:
         """Of the source, and of the destination."""
         rng = self.rng
-        both: List[str] = []
         source: List[str] = []
-        if self.mode == 'background-snapshot':
-            return [['background-snapshot'], []]
         if self.mode == 'savevm':
             return [[], []]
-        if self.mode in _MULTIFD:
-            both.append('multifd')
-        if self.mode.startswith('mapped-ram'):
-            both.append('mapped-ram')
-        elif self._both_patched() and _chance(rng, 40):
+        mode = MODES['preempt' if self.with_preempt else self.mode]
+        if mode.saving:
+            return [[*mode.saving], []]
+        both = [*mode.capabilities]
+        if 'mapped-ram' not in both and self._both_patched() and \
+                _chance(rng, 40):
             both.append('sparse-ram')
-        if self.mode == 'postcopy':
-            both.append('postcopy-ram')
-            if self.with_preempt:
-                both.append('postcopy-preempt')
-            if _chance(rng, 30):
-                both.append('postcopy-blocktime')
-        if self.mode == 'xbzrle' or (self.mode in ('postcopy', 'file')
-                                     and _chance(rng, 20)):
+        if mode.postcopy and _chance(rng, 30):
+            both.append('postcopy-blocktime')
+        if self.mode in ('postcopy', 'file') and _chance(rng, 20):
             both.append('xbzrle')
         if self.mode not in _TO_FILE and _chance(rng, 40):
             both.append('return-path')

@@ -41,7 +41,7 @@ def measurement(total=1.0, source=0, destination=0, holes=None, expected=5,
 
 
 def row(*targets, **more) -> rows.Row:
-    return rows.Row('name', 'what', operation.OverTcp(),
+    return rows.Row('name', 'what', operation.Migrate(),
                     *rows.stock_and_patched('memfd'), targets=targets, **more)
 
 
@@ -427,9 +427,9 @@ class Rows(unittest.TestCase):
             self.assertEqual(replace(each.baseline, label='', qemu=''),
                              replace(each.subject, label='', qemu=''))
             # By default, what is left for the downtime is a matter of luck
-            if isinstance(each.operation, operation.OverTcp):
+            if not each.operation.mode.file:
                 self.assertEqual(
-                    each.operation.parameters['downtime-limit'], 0)
+                    each.operation.mode.parameters['downtime-limit'], 0)
 
     def test_fast_has_a_goal(self):
         for each in rows.FAST:
@@ -649,7 +649,7 @@ class Text(unittest.TestCase):
         self.assertIn('250.0 / 250.0', table)           # silence, ms
 
     def test_a_row_with_one_variant(self):
-        single = RowResult(rows.Row('name', 'what', operation.OverTcp(), None,
+        single = RowResult(rows.Row('name', 'what', operation.Migrate(), None,
                                     rows.Variant('patched', 'patched'),
                                     targets=(AtMost('total_time', 2),)),
                            GIB, GIB, {'patched': [measurement()]})
