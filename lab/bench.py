@@ -209,14 +209,14 @@ class Limits:
         backends = {backend for variant in row.variants
                     for backend in variant.backends}
         on_disk = row.operation.file_size(size)
-        if 'disk' in backends:
+        if 'other-file' in backends:
             on_disk += 2 * size
         in_memory = 2 * size + (on_disk if self.disk_is_memory else 0)
-        if 'memfd-hugetlb' in backends:
+        if 'hugetlb' in backends:
             if 2 * size > self.huge_pages:
                 return f'{_mib(self.huge_pages)} of huge pages are free'
             in_memory -= 2 * size
-        if backends & {'shm-file', 'reserved'} and 2 * size > self.shm:
+        if backends & {'shm-directory', 'reserved'} and 2 * size > self.shm:
             return f'{_mib(self.shm)} are free in {SHM}'
         if in_memory > self.memory:
             return f'{_mib(self.memory)} of memory can be spared'

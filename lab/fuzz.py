@@ -33,6 +33,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 from lab import UserError, host
 from lab.base import BUILD
 from lab.memory import MIB
+from lab.ram import Ram
 from lab.stream import (CONTINUE, DATA, EOS, PAGE, XBZRLE, ZERO, Stream,
                         StreamError)
 
@@ -131,14 +132,9 @@ class Qemu:
         self._stderr.seek(0)
         return self._stderr.read().decode(errors='replace')
 
-    def ram(self) -> int:
-        """Open the file behind guest RAM; a file descriptor."""
-        directory = f'/proc/{self.pid}/fd'
-        for name in os.listdir(directory):
-            path = os.path.join(directory, name)
-            if os.readlink(path).startswith('/memfd:memory-backend'):
-                return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        raise UserError('QEMU has no memfd open for guest RAM')
+    def ram(self) -> Ram:
+        """Guest RAM."""
+        return Ram.of(self.pid, RAM_SIZE, has_file=True)
 
 
 def capture(binary: str, directory: str, sparse: bool) -> Stream:
@@ -154,10 +150,9 @@ def capture(binary: str, directory: str, sparse: bool) -> Stream:
                             f'{source.errors().strip() or "it said nothing"}')
         ram = source.ram()
         for page in (0, 1, 5, 100, 101, 102, 2000, RAM_SIZE // PAGE - 1):
-            os.pwrite(ram, bytes([page & 0xff or 1]) * PAGE, page * PAGE)
+            ram.write(page * PAGE, bytes([page & 0xff or 1]) * PAGE)
         for page in (2, 3, 50, 2001):
-            os.pwrite(ram, bytes(PAGE), page * PAGE)
-        os.close(ram)
+            ram.write(page * PAGE, bytes(PAGE))
         source.send('migrate', uri=f'file:{path}')
         if not source.migrated():
             raise UserError(f'{binary} could not migrate to a file: '
@@ -234,9 +229,7 @@ def check(binary: str, path: str, sparse: bool) -> str:
         target.send('query-migrate')
         accepted = target.migrated()
         if accepted:
-            ram = target.ram()
-            allocated = os.fstat(ram).st_blocks * 512
-            os.close(ram)
+            allocated = target.ram().allocated() or 0
             # With huge pages, a few pages of data are all of RAM
             if host.shmem_unit() < 2 * MIB and \
                     allocated > os.path.getsize(path) + MAX_GROWTH:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import (Any, Callable, Dict, Iterable, Iterator, Optional,
                     Sequence, Tuple)
 
-from lab import memory
+from lab import content, memory
 from lab.cgroup import Cgroup
-from lab.memory import GIB, MIB, Comparison, Sample
+from lab.content import Comparison
+from lab.memory import GIB, MIB
 from lab.qemu import Guest, GuestError, Qemu
+from lab.ram import Sample
 
 # A destination may need this much for itself: pages that it touches when it
 # builds the machine, and a few that the guest changed during the migration.
@@ -35,7 +37,7 @@ class MigrateConfig:
     """What to migrate, and how.
 
     size, data, memory_floor: bytes.  data is what gets written into the
-    source's RAM before, see memory.write_data().
+    source's RAM before, see content.write_data().
     capabilities: set to on, on both sides; parameters: likewise.
     memory_floor: the migration is aborted when the machine has less
     available than this.
@@ -263,7 +265,7 @@ def _compare(source: Guest, destination: Guest) -> Comparison:
         if guest.status() not in ('postmigrate', 'paused', 'prelaunch'):
             raise MigrationFailed(f'after the migration, {guest.name} is not '
                                   f'stopped: {guest.status()}')
-    return memory.compare(source.ram, destination.ram)
+    return content.compare(source.ram, destination.ram)
 
 
 def migrate_once(config: MigrateConfig,
@@ -290,7 +292,7 @@ def migrate_once(config: MigrateConfig,
                  config.timeout) as watchdog:
         if not config.paused:
             settle(source)
-        memory.write_data(source.ram, config.data)
+        content.write_data(source.ram, config.data)
         address = _set_up(source, destination, config)
         before = source.sample(), destination.sample()
         progress(f'migrate -d {address}')

@@ -15,15 +15,13 @@ import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Sequence, TypeVar
+from typing import Any, Dict, Optional, Sequence, TypeVar
 
 from lab import UserError
 from lab.cgroup import Cgroup
-from lab.host import SHM
-from lab.memory import (AnonymousRam, FileRam, GuestRam, PrivateFileRam,
-                        Sample, format_size, sample)
+from lab.memory import format_size
+from lab.ram import KINDS, Ram, Sample, sample
 
 _RAM_ID = 'mem1'
 
@@ -67,61 +65,6 @@ def pick_accelerator() -> str:
     with open('/proc/cpuinfo', encoding='ascii', errors='replace') as cpuinfo:
         has_vmx = re.search(r'^flags\b.*\b(vmx|svm)\b', cpuinfo.read(), re.M)
     return 'kvm' if has_vmx else 'tcg'
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A kind of guest RAM.
-
-    options: of -object, without id and size; {file} is the guest's own file.
-    find: the RAM of a running process, from its pid and the RAM's size.
-    reserved: whether the guest's own file has all its blocks from the start;
-    None if there is no such file.
-    """
-    options: str
-    find: Callable[[int, int], GuestRam]
-    reserved: Optional[bool] = None
-
-
-_MEMFD = '/memfd:memory-backend-memfd'
-
-
-def _find_memfd(pid: int, size: int) -> GuestRam:
-    return FileRam(pid, size, _MEMFD)
-
-
-def _find_file(pid: int, size: int) -> GuestRam:
-    return FileRam(pid, size, '/')      # the one of that size
-
-
-BACKENDS = {
-    'memfd': Backend('memory-backend-memfd,share=on', _find_memfd),
-    'memfd-prealloc': Backend('memory-backend-memfd,share=on,prealloc=on',
-                              _find_memfd),
-    'memfd-hugetlb': Backend(
-        'memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M',
-        _find_memfd),
-    # As large as nobody has huge pages, if it stays sparse
-    'memfd-hugetlb-unreserved': Backend(
-        'memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M,reserve=off',
-        _find_memfd),
-    # reserve=off here and below: as for a shared memfd, no memory is set
-    # aside for the holes
-    'memfd-private': Backend(
-        'memory-backend-memfd,share=off,reserve=off',
-        lambda pid, size: PrivateFileRam(pid, size, _MEMFD)),
-    # Given a directory, QEMU removes the file as soon as it is open
-    'shm-file': Backend(
-        f'memory-backend-file,share=on,mem-path={SHM}',
-        lambda pid, size: FileRam(pid, size, f'{SHM}/qemu_back_mem.')),
-    # On /dev/shm, by fallocate(), before QEMU starts
-    'reserved': Backend('memory-backend-file,share=on,mem-path={file}',
-                        _find_file, reserved=True),
-    'disk': Backend('memory-backend-file,share=on,mem-path={file}',
-                    _find_file, reserved=False),
-    # merge=off: see AnonymousRam
-    'anonymous': Backend('memory-backend-ram,reserve=off,merge=off',
-                         AnonymousRam)}
 
 
 def _die_with_parent() -> Sequence[str]:
@@ -302,17 +245,17 @@ class Guest(Qemu):
                  cgroup: Optional[Cgroup] = None):
         """
         size: of guest RAM, in bytes
-        backend: one of BACKENDS
+        backend: one of KINDS
         paused: do not start the virtual CPUs (-S)
         incoming: wait for a migration (-incoming defer)
         ram_file: the guest's own file, for a backend that has one
         extra_args: for QEMU's command line, after all others
         cgroup: for the process to start in
         """
-        options = BACKENDS[backend].options.format(file=ram_file)
+        options = KINDS[backend].object(_RAM_ID, size, ram_file, False)
         super().__init__(name, binary, [
             '-nodefaults', '-no-user-config',
-            '-object', f'{options},id={_RAM_ID},size={size}',
+            '-object', options,
             '-machine', f'q35,memory-backend={_RAM_ID},accel={accel}',
             '-smp', '4',
             *_cpu(accel, size),
@@ -321,11 +264,12 @@ class Guest(Qemu):
             *extra_args], cgroup=cgroup)
         self._size = size
         self._backend = backend
-        self.ram: GuestRam
+        self.ram: Ram
 
     def _start(self) -> None:
         super()._start()
-        self.ram = BACKENDS[self._backend].find(self.pid, self._size)
+        self.ram = Ram.of(self.pid, self._size,
+                          KINDS[self._backend].fs is not None)
 
     def describe(self) -> str:
         return f'{super().describe()} with {format_size(self._size)} of RAM'

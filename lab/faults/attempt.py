@@ -433,7 +433,7 @@ class Attempt:
                            f'not wait: {peeker.wrong}')
 
     def _held_peeker(self, page: int) -> Peeker:
-        peeker = Peeker(self._destination.pid, self._destination.base,
+        peeker = Peeker(self._destination.pid, self._destination.ram.address,
                         self.expected, random.Random(page), [page], writes=0)
         self.peekers.append(peeker)
         peeker.start()
@@ -449,12 +449,8 @@ class Attempt:
 
     def _missing_data(self) -> List[int]:
         """Data that the destination does not have."""
-        fd = self._destination.ram.open()
-        try:
-            there = {page for start, end in self._destination.ram.extents(fd)
-                     for page in range(start // PAGE_SIZE, end // PAGE_SIZE)}
-        finally:
-            os.close(fd)
+        there = {page for start, end in self._destination.ram.extents()
+                 for page in range(start // PAGE_SIZE, end // PAGE_SIZE)}
         snapshot = self.expected.snapshot
         missing = [page for page in range(self._case.size // PAGE_SIZE)
                    if page not in there and
@@ -480,7 +476,7 @@ class Attempt:
         for _ in range(self._case.peeks):
             dice = random.Random(self._dice.random())
             mine = dice.sample(pages, 200)
-            peeker = Peeker(self._destination.pid, self._destination.base,
+            peeker = Peeker(self._destination.pid, self._destination.ram.address,
                             self.expected, dice, mine)
             self.peekers.append(peeker)
             peeker.start()

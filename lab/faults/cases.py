@@ -30,7 +30,7 @@ PRECOPY = tuple(name for name in NETWORK if name not in POSTCOPY)
 # can be asked for holes.
 SHARED_FILES = ('memfd', 'shm-file')
 BACKENDS = ('memfd', 'shm-file', 'hugetlb', 'anonymous', 'memfd-private',
-            'shared-anonymous')
+            'anonymous-shared')
 
 
 # What goes wrong
@@ -203,7 +203,7 @@ def calls_of(backend: str, mode: str, side: str) -> Tuple[str, ...]:
         return ()
     elif backend == 'memfd-private':
         calls = ('lseek', 'cachestat', 'pread') + pagemap
-    elif backend == 'shared-anonymous':
+    elif backend == 'anonymous-shared':
         calls = ('madvise',)
     else:
         calls = pagemap if many else ()
@@ -324,7 +324,7 @@ def _draw_backends(dice: Dice, fault: str) -> Tuple[str, str]:
     weights = {'memfd': 6.0, 'shm-file': 3.0, 'hugetlb': 1.5,
                'anonymous': 2.0, 'memfd-private': 1.0}
     if fault == 'calls':
-        weights['shared-anonymous'] = 1.0
+        weights['anonymous-shared'] = 1.0
     if fault == 'tmpfs-full':
         return dice.choice(('memfd', 'anonymous')), 'tmpfs'
     source = dice.weighted(weights)
@@ -340,7 +340,7 @@ def _is_known_to_be_zero(case: Case) -> bool:
     """
     return ('anonymous' in case.destination
             and bool({'multifd', 'mapped-ram'} & set(case.how.capabilities))
-            and (case.destination == 'shared-anonymous'
+            and (case.destination == 'anonymous-shared'
                  or any('pagemap' in rule.call for _, rule in case.rules)))
 
 
@@ -439,7 +439,7 @@ def fixed() -> List[Tuple[str, Case]]:
         rules=(('source', _first('cachestat', 'ENOSYS')),
                ('source', _first('pread', 'EIO'))))
     add('calls/madvise', 'precopy', 'calls', old_data=MIB,
-        destination='shared-anonymous',
+        destination='anonymous-shared',
         rules=(('destination', _first('madvise', 'EINVAL')),))
     add('calls/pagemap', 'sparse-ram', 'calls', old_data=MIB,
         source='anonymous', destination='anonymous',

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import List, Set
 
-from lab import memory
+from lab import content
 from lab.cli import memory_floor
 from lab.faults import known
 from lab.faults.attempt import Attempt, Hang, configure
@@ -184,7 +184,7 @@ class _Live(Job):
                 f'the source is {source.status()} after the migration')
         if case.how.postcopy:
             return                      # the guest has run on since
-        comparison = memory.compare(source.ram, destination.ram)
+        comparison = content.compare(source.ram, destination.ram)
         require(comparison.identical,
                 f'{comparison.differing_pages} pages differ, the first at '
                 f'{comparison.first_difference or 0:#x}')

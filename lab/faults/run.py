@@ -193,7 +193,7 @@ class _Run(Job):
         elif kind == 'tmpfs':
             path = os.path.join(self._tmpfs, 'ram')
         fail_calls = None
-        if fails or kind == 'shared-anonymous':
+        if fails or kind == 'anonymous-shared':
             fail_calls = FailCalls(self._tools.library, self._directory, name)
             self._stack.callback(fail_calls.close)
         side = Side(name, self._tools.qemu, self._case.size, kind, path=path,
@@ -394,7 +394,7 @@ class _Run(Job):
         case = self._case
         mode = MODES[case.second_mode or case.mode]
         kind = case.destination
-        if kind in ('tmpfs', 'shared-anonymous'):
+        if kind in ('tmpfs', 'anonymous-shared'):
             kind = 'memfd'
         second = Case(case.seed, case.second_mode or case.mode, 'none',
                       source=case.source, destination=kind, size=case.size,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The QEMUs, with RAM of each kind, and what they hold."""
 
+import ctypes
 import errno
 import glob
+import mmap
 import os
 import random
-import re
 import shutil
 import subprocess
 from contextlib import contextmanager, suppress
@@ -17,32 +18,13 @@ from lab.cgroup import Cgroup
 from lab.faults.cases import number_of
 from lab.faults.failcalls import FailCalls, Rule
 from lab.host import SHM
-from lab.memory import (MIB, PAGE_SIZE, AnonymousRam, Extent, FileRam,
-                        GuestRam, file_extents, merge_extents)
-from lab.qemu import BACKENDS, Backend, Guest
-
-
-HUGE_PAGE = 2 * MIB
+from lab.memory import MIB, PAGE_SIZE
+from lab.qemu import Guest
+from lab.ram import HUGE_PAGE, Extent, Ram, merge_extents, pread_all
 
 
 class Unavailable(Exception):
     """This machine does not have what a case needs; says what."""
-
-
-# Kinds of RAM
-
-def _file_backend(path: str) -> Backend:
-    return Backend(f'memory-backend-file,share=on,mem-path={path}',
-                   lambda pid, size: FileRam(pid, size, path))
-
-
-def _backend(kind: str, path: str) -> Backend:
-    """path: of the file, for kinds that have one."""
-    if kind in ('shm-file', 'tmpfs'):
-        return _file_backend(path)
-    if kind == 'shared-anonymous':
-        return Backend('memory-backend-ram,share=on,merge=off', AnonymousRam)
-    return BACKENDS[{'hugetlb': 'memfd-hugetlb'}.get(kind, kind)]
 
 
 @contextmanager
@@ -104,10 +86,9 @@ class Side(Guest):
         kind: of RAM, see cases.BACKENDS
         path: of the file that is RAM, if it is a file
         """
-        backend = _backend(kind, path)
-        BACKENDS[backend.options] = backend
-        super().__init__(name, binary, size, backend=backend.options,
-                         paused=True, incoming=incoming, cgroup=cgroup,
+        super().__init__(name, binary, size,
+                         backend='shm-file' if kind == 'tmpfs' else kind,
+                         ram_file=path, paused=True, incoming=incoming, cgroup=cgroup,
                          extra_args=('-name', f'{name},debug-threads=on',
                                      *extra_args))
         self.size = size
@@ -116,16 +97,10 @@ class Side(Guest):
         self.killed = False
         self.stacks = ''
         extra: Dict[str, str] = {}
-        if kind == 'shared-anonymous':
+        if kind == 'anonymous-shared':
             extra['FAIL_CALLS_MMAP'] = str(errno.ENODEV)
         if fail_calls:
             self._wrapper = (*self._wrapper, *fail_calls.command(extra))
-        self.base = 0
-
-    def _start(self) -> None:
-        super()._start()
-        # All kinds are one mapping of this size
-        self.base = AnonymousRam(self.pid, self.size).base
 
     def kill(self) -> None:
         """Kill it, as the fault that the case is about; from any thread."""
@@ -156,65 +131,34 @@ class Side(Guest):
         self._vm.kill()
         return self._vm.get_log() or ''
 
-    def ram_file(self) -> str:
-        """Path of the file that is RAM, '' if there is none."""
-        directory = f'/proc/{self.pid}/fd'
-        for fd in os.listdir(directory):
-            path = f'{directory}/{fd}'
-            try:
-                status = os.stat(path)
-                name = os.readlink(path)
-            except OSError:
-                continue
-            if status.st_size == self.size and \
-                    name.startswith(('/memfd:', '/')) and \
-                    self._maps_file(status.st_ino):
-                return path
-        return ''
-
-    def _maps_file(self, inode: int) -> bool:
-        with open(f'/proc/{self.pid}/maps', encoding='utf-8') as lines:
-            for line in lines:
-                words = line.split()
-                if int(words[0].split('-')[0], 16) == self.base:
-                    return int(words[4]) == inode
-        return False
-
     def arm(self, rules: Sequence[Rule]) -> None:
         """Let calls fail from now on."""
         assert self.fail_calls
         self.fail_calls.arm([(rule, number_of(rule.error)) for rule in rules],
-                            self.ram_file())
+                            self.ram.path or '')
 
     def write(self, offset: int, data: bytes) -> None:
         """Write to RAM, as a guest does but unnoticed by its dirty log."""
-        with open(f'/proc/{self.pid}/mem', 'r+b', buffering=0) as mem:
-            mem.seek(self.base + offset)
-            if mem.write(data) != len(data):
-                raise OSError(errno.EIO, 'guest RAM ends early')
+        with self.ram.writer(True) as writer:
+            writer.write(offset, data)
 
 
 # What RAM holds
 
-class Snapshot:
-    """A copy of a guest's RAM, as a GuestRam."""
-    base = 0
+class Snapshot(Ram):
+    """A copy of a guest's RAM, in memory of this process."""
 
-    def __init__(self, ram: GuestRam):
-        self.size = ram.size
+    def __init__(self, ram: Ram):
         self._fd = os.memfd_create('snapshot', os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, self.size)
-        fd = ram.open()
-        try:
-            for start, end in list(ram.extents(fd)):
+        os.ftruncate(self._fd, ram.size)
+        self._area = mmap.mmap(self._fd, ram.size)
+        super().__init__(os.getpid(), ctypes.addressof(
+            ctypes.c_char.from_buffer(self._area)), ram.size)
+        with ram.opened() as fd:
+            for start, end in list(ram.extents()):
                 for offset in range(start, end, MIB):
-                    length = min(MIB, end - offset)
-                    data = os.pread(fd, length, ram.base + offset)
-                    if len(data) != length:
-                        raise OSError(errno.EIO, 'guest RAM ends early')
-                    self._write_pages(offset, data)
-        finally:
-            os.close(fd)
+                    self._write_pages(offset, pread_all(
+                        fd, ram.base + offset, min(MIB, end - offset)))
 
     def _write_pages(self, offset: int, data: bytes) -> None:
         """Only what is not zero, so that the rest stays a hole."""
@@ -225,30 +169,18 @@ class Snapshot:
             if page.strip(b'\0'):
                 os.pwrite(self._fd, page, offset + start)
 
-    def allocated(self) -> int:
-        return os.fstat(self._fd).st_blocks * 512
-
-    def open(self) -> int:
-        return os.dup(self._fd)
-
-    def extents(self, fd: int) -> Iterator[Extent]:
-        return file_extents(fd, self.size)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """What is there."""
-        return os.pread(self._fd, length, offset)
-
     def patch(self, offset: int, data: bytes) -> None:
         """Something that was written since."""
         os.pwrite(self._fd, data, offset)
 
     def units(self, unit: int) -> Set[int]:
         """Numbers of the parts of this size that have data."""
-        return {number for start, end in self.extents(self._fd)
+        return {number for start, end in self.extents()
                 for number in range(start // unit, -(-end // unit))}
 
     def close(self) -> None:
         """Free it."""
+        self._area.close()
         os.close(self._fd)
 
 
@@ -315,7 +247,7 @@ def allocation_unit(kind: str) -> int:
     """As much as one page of data may allocate."""
     if kind == 'hugetlb':
         return HUGE_PAGE
-    if kind in ('anonymous', 'shared-anonymous') and huge_pages_enabled():
+    if kind in ('anonymous', 'anonymous-shared') and huge_pages_enabled():
         return HUGE_PAGE
     return PAGE_SIZE if kind == 'anonymous' else host.shmem_unit()
 
@@ -325,26 +257,7 @@ def allocated(side: Side) -> int:
     bytes_of_file = side.ram.allocated()
     if bytes_of_file is not None:
         return bytes_of_file
-    if side.kind == 'shared-anonymous':
-        return _shared_anonymous(side)
-    fd = side.ram.open()
-    try:
-        return sum(end - start for start, end in side.ram.extents(fd))
-    finally:
-        os.close(fd)
-
-
-def _shared_anonymous(side: Side) -> int:
-    """Its file is one of the kernel's, that nobody can open."""
-    inside = False
-    with open(f'/proc/{side.pid}/smaps', encoding='utf-8',
-              errors='replace') as lines:
-        for line in lines:
-            if re.match(r'[0-9a-f]+-[0-9a-f]+ ', line):
-                inside = int(line.split('-')[0], 16) == side.base
-            elif inside and line.startswith('Rss:'):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError('RAM is not mapped')
+    return sum(end - start for start, end in side.ram.extents())
 
 
 def ram_path(directory: str, name: str) -> str:

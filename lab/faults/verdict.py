@@ -7,15 +7,16 @@ import signal
 import time
 from typing import Dict, Optional, Set
 
-from lab import memory
+from lab import content
 from lab.faults.attempt import GONE, Ending
 from lab.faults.cases import Case
 from lab.faults.known import MAPPED_RAM_SHORT, POSTCOPY_EARLY, PREEMPT_RECOVER
 from lab.faults.peek import Expected
-from lab.faults.sides import (HUGE_PAGE, Layout, Side, Snapshot, allocated,
+from lab.faults.sides import (Layout, Side, Snapshot, allocated,
                               allocation_unit)
 from lab.memory import PAGE_SIZE
 from lab.qemu import GuestError
+from lab.ram import HUGE_PAGE, Ram
 
 
 # Pages that QEMU itself may write to while it loads devices
@@ -52,9 +53,9 @@ def ending_of(status: int) -> str:
     return f'was killed by {signal.Signals(-status).name}'
 
 
-def check_content(what: str, expected: memory.GuestRam, side: Side) -> None:
+def check_content(what: str, expected: Ram, side: Side) -> None:
     """All bytes of RAM."""
-    comparison = memory.compare(expected, side.ram)
+    comparison = content.compare(expected, side.ram)
     require(comparison.identical,
             f'{what}: {comparison.differing_pages} pages differ, the first '
             f'at {comparison.first_difference or 0:#x}')
@@ -66,9 +67,8 @@ def check_received(snapshot: Snapshot, expected: Expected,
     if side.ram.allocated() is None or side.kind == 'hugetlb':
         return                          # it cannot be told what is there
     written = {offset // PAGE_SIZE for offset, _ in expected.writes}
-    fd = side.ram.open()
-    try:
-        for start, end in list(side.ram.extents(fd)):
+    with side.ram.opened() as fd:
+        for start, end in list(side.ram.extents()):
             for offset in range(start, end, PAGE_SIZE):
                 if offset // PAGE_SIZE in written:
                     continue
@@ -76,8 +76,6 @@ def check_received(snapshot: Snapshot, expected: Expected,
                         == snapshot.read(offset, PAGE_SIZE),
                         'the destination, which waits for the rest, has a '
                         f'wrong page at {offset:#x}')
-    finally:
-        os.close(fd)
 
 
 def most_allocated(snapshot: Snapshot, kind: str, touched: Set[int],
@@ -100,11 +98,11 @@ def check_sparse(snapshot: Snapshot, side: Side, touched: Set[int],
                  old: Layout) -> None:
     """The destination has no more than what has data."""
     # Of a transparent huge page, a part cannot always be freed
-    can_free = (side.kind in ('memfd', 'shm-file', 'tmpfs', 'shared-anonymous')
+    can_free = (side.kind in ('memfd', 'shm-file', 'tmpfs', 'anonymous-shared')
                 and allocation_unit(side.kind) == PAGE_SIZE)
     most = most_allocated(snapshot, side.kind, touched,
                           None if can_free else old)
-    if side.kind in ('memfd-private', 'shared-anonymous'):
+    if side.kind in ('memfd-private', 'anonymous-shared'):
         return              # may have a page twice, or in the kernel's file
     has = allocated(side)
     require(has <= most, f'the destination has {has} bytes allocated, and '

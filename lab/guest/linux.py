@@ -19,7 +19,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from lab import UserError
 from lab.base import ROOT
-from lab.memory import KIB, PAGE_SIZE, GuestRam
+from lab.memory import KIB, PAGE_SIZE
+from lab.ram import Ram
 
 GUEST = os.path.join(ROOT, 'build/guest')
 GET_GUEST = os.path.join(ROOT, 'scripts/get-guest')
@@ -174,16 +175,15 @@ def _is_of_load(page: bytes) -> bool:
     return first != 0 and (first + 1, first + 2) == (second, third)
 
 
-def lose_writes(ram: GuestRam, pages: int) -> int:
+def lose_writes(ram: Ram, pages: int) -> int:
     """Make pages of the load zero, as if what was written had got lost.
 
     Some of them may be freed already.  Returns how many there were, at most
     pages.
     """
     lost = 0
-    fd = ram.open()
-    try:
-        for start, end in ram.extents(fd):
+    with ram.opened() as fd:
+        for start, end in ram.extents():
             for offset in range(start, end, PAGE_SIZE):
                 if not _is_of_load(os.pread(fd, PAGE_SIZE, ram.base + offset)):
                     continue
@@ -191,8 +191,6 @@ def lose_writes(ram: GuestRam, pages: int) -> int:
                 lost += 1
                 if lost == pages:
                     return lost
-    finally:
-        os.close(fd)
     return lost
 
 

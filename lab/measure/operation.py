@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import (Any, Callable, Dict, Iterable, List, Optional, Protocol,
                     Tuple)
 
-from lab import memory
-from lab.host import SHM
+from lab import content
 from lab.measure.ping import Pinger
-from lab.memory import GIB, MIB, PAGE_SIZE, Sample
+from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
                          configure, listen, watched, why_failed)
 from lab.modes import PRECOPY, Mode
-from lab.qemu import BACKENDS, Guest
+from lab.qemu import Guest
+from lab.ram import KINDS, Ram, Sample, reset_rss_peak
 
 # Seconds between two looks at how far it is
 _POLL_INTERVAL = 0.02
@@ -347,7 +347,7 @@ class MeasureConfig:
 
     destination: the destination's backend, if it has another one.
     fill: None for an idle guest, or n for data in every n-th page.
-    scatter: how much data to spread over RAM, see memory.scatter().
+    scatter: how much data to spread over RAM, see content.scatter().
     capabilities: those of the operation come on top.
     directory: where temporary files may go.
     verify: compare the guests' RAM afterwards; takes long for a lot of data.
@@ -426,7 +426,7 @@ class _Meter:
     def __init__(self, guest: Guest, pinger: Pinger):
         self._guest = guest
         self._pinger = pinger
-        memory.reset_rss_peak(guest.pid)
+        reset_rss_peak(guest.pid)
         self._before = guest.sample()
         self._cpu = cpu_time(guest.pid)
 
@@ -440,7 +440,7 @@ class _Meter:
                       self._pinger.longest)
 
 
-def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
+def count_holes(ram: Ram, backend: str) -> Optional[int]:
     """Pages of guest RAM that are holes and so zero, None if unknown."""
     allocated = ram.allocated()
     if allocated is None or backend == 'memfd-private':
@@ -450,16 +450,16 @@ def count_holes(ram: memory.GuestRam, backend: str) -> Optional[int]:
 
 def ram_file(stack: ExitStack, backend: str, size: int,
              directory: str) -> str:
-    """A guest's own file for its RAM, if the backend wants one; its name.
+    """The file that a backend wants to be there before; its name.
 
-    directory: for a file that is not to be memory.
+    directory: for one that is not to be memory.
     """
-    reserved = BACKENDS[backend].reserved
-    if reserved is None:
+    kind = KINDS[backend]
+    if kind.directory is None:
         return ''
     file = stack.enter_context(tempfile.NamedTemporaryFile(
-        prefix='sparse-ram-', dir=SHM if reserved else directory))
-    if reserved:
+        prefix='sparse-ram-', dir=kind.directory or directory))
+    if kind.reserved:
         os.posix_fallocate(file.fileno(), 0, size)
     os.truncate(file.name, size)
     return file.name
@@ -497,9 +497,9 @@ def measure(operation: Operation, config: MeasureConfig) -> Measurement:
             guests[0].qmp('cont')
             guests[0].qmp('stop')
         if config.fill:
-            memory.fill(guests[0].ram, config.fill)
+            content.fill(guests[0].ram, config.fill)
         if config.scatter:
-            memory.scatter(guests[0].ram, config.scatter)
+            content.scatter(guests[0].ram, config.scatter)
         for each in guests:
             configure(each, config.capabilities, {})
         expected = count_holes(guests[0].ram, config.backend)
@@ -524,4 +524,4 @@ def _differing_pages(guests: Iterable[Guest], verify: bool) -> Optional[int]:
     rams = [guest.ram for guest in guests]
     if not verify or len(rams) != 2:
         return None
-    return memory.compare(*rams).differing_pages
+    return content.compare(*rams).differing_pages

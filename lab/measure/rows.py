@@ -15,7 +15,7 @@ from lab.modes import MODES, MULTIFD
 class Variant:
     """One of the two things that a row compares.
 
-    qemu: 'stock' or 'patched'; backend: one of lab.qemu.BACKENDS; destination:
+    qemu: 'stock' or 'patched'; backend: one of lab.ram.KINDS; destination:
     likewise, if that has another one.
     capabilities: on top of those of the row's operation.
     size: bytes of RAM, if not that of the row.  No more of it than the row's
@@ -175,13 +175,13 @@ GROWTH: Tuple[Row, ...] = (
     _growth('dirty-rate', 'calc-dirty-rate, page-sampling, 4096 pages a GiB',
             DirtyRate(4096), _READS),
     _growth('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages',
-            Migrate(), _LOADS, 'memfd-hugetlb', largest=2 * GIB,
+            Migrate(), _LOADS, 'hugetlb', largest=2 * GIB,
             why='huge pages are few'),
     # The source of a private mapping is read, and so fills the file
     _growth('private', 'precopy over tcp, memfd share=off', Migrate(),
             (DESTINATION_STAYS, DESTINATION_TABLES), 'memfd-private'),
     _growth('shm-file', 'precopy over tcp, memory-backend-file on /dev/shm',
-            Migrate(), _LOADS, 'shm-file'),
+            Migrate(), _LOADS, 'shm-directory'),
     _growth('anonymous', 'precopy over tcp, memory-backend-ram', Migrate(),
             (), 'anonymous'),
     _growth('anonymous-multifd', 'multifd, memory-backend-ram',
@@ -328,11 +328,11 @@ HARMLESS: Tuple[Row, ...] = (
     _harmless('private-full', 'memfd share=off, full of data', 1,
               backend='memfd-private'),
     _harmless('disk-idle', 'memory-backend-file not in memory, idle',
-              backend='disk'),
+              backend='other-file'),
     _harmless('disk-full', 'memory-backend-file not in memory, full of data',
-              1, backend='disk'),
+              1, backend='other-file'),
     _harmless('hugetlb-full', 'memfd of 2 MiB huge pages, full of data', 1,
-              backend='memfd-hugetlb'),
+              backend='hugetlb'),
     _harmless_restore('memfd', 'a memfd', 'memfd'),
     _harmless_restore('full', 'a memfd', 'memfd', fill=1,
                       guest='a guest full of data'),
@@ -345,9 +345,9 @@ HARMLESS: Tuple[Row, ...] = (
                       'reserved'),
     _harmless_restore('anonymous', 'memory-backend-ram', 'anonymous'),
     _harmless_restore('private', 'a memfd share=off', 'memfd-private'),
-    _harmless_restore('disk', 'a file not in memory', 'disk'),
+    _harmless_restore('disk', 'a file not in memory', 'other-file'),
     _harmless_restore('hugetlb', 'a memfd of 2 MiB huge pages',
-                      'memfd-hugetlb'))
+                      'hugetlb'))
 
 
 def _fast(name: str, what: str, size: int, seconds: float,
@@ -369,7 +369,7 @@ _FAST: Tuple[Row, ...] = (
     _fast('background-snapshot', 'to a file, background-snapshot', 8 * GIB,
           0.3, Migrate(MODES['background-snapshot'])),
     _fast('hugetlb', 'precopy over tcp, memfd of 2 MiB huge pages', 8 * GIB,
-          0.1, backend='memfd-hugetlb-unreserved'),
+          0.1, backend='hugetlb-unreserved'),
     _fast('dump-elf', 'dump-guest-memory, raw ELF', 4 * GIB, 0.2,
           Dump('elf')))
 

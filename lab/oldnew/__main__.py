@@ -28,10 +28,11 @@ from lab.base import BUILD
 from lab.ci.cases import Case, Failure, Skip, add_arguments, expect, run_cases
 from lab.cli import check_binaries, memory_floor, run_main
 from lab.measure.operation import Migrate, Session
-from lab.memory import MIB, PAGE_SIZE, Extent
+from lab.memory import MIB, PAGE_SIZE
 from lab.migrate import MigrationFailed, configure, settle, watched
 from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
+from lab.ram import Extent, Ram, without
 
 SIZE = 128 * MIB
 SEED = 7                        # of what is in the source's RAM
@@ -179,7 +180,7 @@ BACKEND_WAYS = tuple(
     replace(way, name=f'{way.name}-{ours}-{theirs}', quick=False,
             backends=(ours, theirs))
     for way in WAYS if way.name in ('precopy', 'multifd', 'postcopy')
-    for ours, theirs in (('memfd', 'anonymous'), ('shm-file', 'memfd')))
+    for ours, theirs in (('memfd', 'anonymous'), ('shm-directory', 'memfd')))
 
 # The machine types that all of them have, and the newest
 OLD_MACHINES = 'pc-q35-7.2', 'pc-i440fx-7.2'
@@ -208,18 +209,13 @@ class Rig:
                      **more)
 
 
-def _outside(ram: memory.GuestRam, allowed: Sequence[Extent]) -> str:
+def _outside(ram: Ram, allowed: Sequence[Extent]) -> str:
     """Where RAM is populated and may not be, for people: the first places."""
-    fd = ram.open()
-    try:
-        extents = memory.without(ram.extents(fd), allowed)
-        return ', '.join(f'{start:#x}-{end:#x}'
-                         for start, end in islice(extents, 5))
-    finally:
-        os.close(fd)
+    return ', '.join(f'{start:#x}-{end:#x}' for start, end
+                     in islice(without(ram.extents(), allowed), 5))
 
 
-def check_allocation(side: str, ram: memory.GuestRam,
+def check_allocation(side: str, ram: Ram,
                      allowed: Sequence[Extent]) -> None:
     """Whether all that is allocated lies in the allowed extents."""
     most = content.total(content.round_out(allowed, host.shmem_unit()))
@@ -232,7 +228,7 @@ def check_allocation(side: str, ram: memory.GuestRam,
 
 def check_content(source: Guest, destination: Guest) -> None:
     """Whether all bytes are the same."""
-    compared = memory.compare(source.ram, destination.ram)
+    compared = content.compare(source.ram, destination.ram)
     expect(compared.bytes_nonzero > 0, 'there is no data in guest RAM')
     expect(compared.identical,
            f'{compared.differing_pages} pages differ, the first one at '
@@ -266,7 +262,7 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
     mode = way.mode
     if mode.postcopy and not host.userfaultfd_works(by_device=pair[1] != OLD):
         raise Skip(host.NO_USERFAULTFD)
-    if 'shm-file' in backends and host.free_shm() < SIZE:
+    if 'shm-directory' in backends and host.free_shm() < SIZE:
         raise Skip(f'less than {SIZE // MIB} MiB free in {host.SHM}')
     with ExitStack() as stack:
         directory = stack.enter_context(
@@ -289,12 +285,12 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
 
         if way.running:
             settle(source)
-            memory.write_data(source.ram, SIZE // 8)
+            content.write_data(source.ram, SIZE // 8)
         else:
             content.write(source.ram, SEED)
         if pair[1] == PATCHED:
             content.write(destination.ram, OLD_SEED)
-        before = content.populated(source.ram)
+        before = list(source.ram.extents())
 
         Migrate(mode, writer).run(
             Session(source, destination, watchdog, directory))
@@ -323,7 +319,7 @@ def refuse(rig: Rig, qemu: str, machine: str) -> None:
         source = stack.enter_context(
             rig.guest('source', PATCHED, machine, paused=True))
         content.write(source.ram, SEED)
-        before = content.populated(source.ram)
+        before = list(source.ram.extents())
         for capabilities, good in ((('sparse-ram',), False), ((), True)):
             destination = stack.enter_context(rig.guest(
                 'destination', qemu, machine, paused=True, incoming=True))

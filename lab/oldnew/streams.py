@@ -25,17 +25,17 @@ import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from lab import content, memory
 from lab.ci.cases import Case, add_arguments, expect, run_cases
 from lab.cli import check_binaries, memory_floor, run_main
 from lab.measure.operation import wait_until
-from lab.memory import MIB, AnonymousRam, FileRam, GuestRam, PrivateFileRam
+from lab.memory import MIB
 from lab.migrate import MigrationFailed, configure, watched
-from lab.host import SHM
 from lab.modes import MODES, POSTCOPY, PRECOPY, Mode
 from lab.qemu import Guest, import_qemu
+from lab.ram import KINDS, Ram
 from lab.stream import (Stream, StreamError, difference, first_difference,
                         multifd_difference, without_empty_sections)
 
@@ -43,22 +43,17 @@ SIZE = 64 * MIB                 # of main memory
 SEED = 11
 TIMEOUT = 120.0                 # seconds, for what takes a few
 
-_MEMFD = '/memfd:memory-backend-memfd'
-
-# More blocks: options of -object, bytes, and how to find it in a process
-BLOCKS: Tuple[Tuple[str, int, Callable[[int, int], GuestRam]], ...] = (
-    ('memory-backend-memfd,share=on', 48 * MIB,
-     lambda pid, size: FileRam(pid, size, _MEMFD)),
-    ('memory-backend-ram,reserve=off,merge=off', 40 * MIB, AnonymousRam),
-    (f'memory-backend-file,share=off,reserve=off,mem-path={SHM}', 24 * MIB,
-     lambda pid, size: PrivateFileRam(pid, size, f'{SHM}/qemu_back_mem.')))
+# More blocks: their kind, and bytes
+BLOCKS = (('memfd', 48 * MIB), ('anonymous', 40 * MIB),
+          ('shm-directory-private', 24 * MIB))
 
 
 def block_arguments() -> Iterator[str]:
     """For QEMU's command line."""
     yield from ('-m', f'{SIZE // MIB}M,slots={len(BLOCKS)},maxmem=1G')
-    for number, (options, size, _) in enumerate(BLOCKS):
-        yield from ('-object', f'{options},id=dimm{number},size={size}',
+    for number, (kind, size) in enumerate(BLOCKS):
+        yield from ('-object', KINDS[kind].object(f'dimm{number}', size,
+                                                  reserve=False),
                     '-device', f'pc-dimm,memdev=dimm{number}')
 
 
@@ -208,8 +203,9 @@ def send(binary: str, way: Way, arguments: Tuple[str, ...]) -> Sent:
                         *FIXED_TIME, *arguments)))
         watchdog = stack.enter_context(
             watched((guest,), memory_floor(), TIMEOUT))
-        rams: List[GuestRam] = [guest.ram]
-        rams += [find(guest.pid, size) for _, size, find in BLOCKS]
+        rams = [guest.ram, *(
+            Ram.of(guest.pid, size, KINDS[kind].fs is not None)
+            for kind, size in BLOCKS)]
         for number, ram in enumerate(rams):
             content.write(ram, SEED + number)
         before = guest.ram.allocated()

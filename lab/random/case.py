@@ -12,54 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 from lab.modes import MODES
+from lab.ram import KINDS
 from lab.random.model import PATTERNS
 
 PATCHED, STOCK = 'patched', 'stock'
 
-
-@dataclass(frozen=True)
-class Backend:
-    """A kind of guest RAM.
-
-    options: of -object, without id, size and prealloc
-    shared: a shared mapping, also if without share=on
-    fs: what its file is on: tmpfs, hugetlbfs, other; None if anonymous
-    directory: for a file that is made beforehand: '/dev/shm', or '' for that
-    of the case
-    """
-    options: str
-    shared: bool
-    fs: Optional[str]
-    directory: Optional[str] = None
-    offset: bool = False
-
-    @property
-    def holes_known(self) -> bool:
-        """Whether the kernel can tell its holes."""
-        return self.shared and self.fs in ('tmpfs', 'hugetlbfs')
-
-
-_SHM = '/dev/shm'
-
-BACKENDS = {
-    'memfd': Backend('memory-backend-memfd,share=on', True, 'tmpfs'),
-    'memfd-private': Backend('memory-backend-memfd,share=off', False, 'tmpfs'),
-    'hugetlb': Backend('memory-backend-memfd,share=on,hugetlb=on,'
-                       'hugetlbsize=2M', True, 'hugetlbfs'),
-    'hugetlb-private': Backend('memory-backend-memfd,share=off,hugetlb=on,'
-                               'hugetlbsize=2M', False, 'hugetlbfs'),
-    'shm': Backend('memory-backend-shm', True, 'tmpfs'),
-    'shm-file': Backend('memory-backend-file,share=on', True, 'tmpfs', _SHM),
-    'shm-file-private': Backend('memory-backend-file,share=off', False,
-                                'tmpfs', _SHM),
-    'shm-file-offset': Backend('memory-backend-file,share=on', True, 'tmpfs',
-                               _SHM, offset=True),
-    'other-file': Backend('memory-backend-file,share=on', True, 'other', ''),
-    'other-file-private': Backend('memory-backend-file,share=off', False,
-                                  'other', ''),
-    'anonymous': Backend('memory-backend-ram', False, None),
-    'anonymous-shared': Backend('memory-backend-ram,share=on', True, 'tmpfs'),
-}
 
 # Object that a channel is encrypted with
 TLS = 'tls0'
@@ -70,6 +27,8 @@ _BACKEND_WEIGHTS = {
     'shm': 5, 'shm-file': 20, 'shm-file-private': 4, 'shm-file-offset': 8,
     'other-file': 4, 'other-file-private': 2, 'anonymous': 12,
     'anonymous-shared': 4}
+
+BACKENDS = {name: KINDS[name] for name in _BACKEND_WEIGHTS}
 
 # Of hugetlbfs there is little: MiB of a block, of which a case has only one
 _HUGETLB_SIZES = (8, 10, 12, 16)

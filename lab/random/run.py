@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from lab import UserError, host
-from lab.blocks import Block as RamBlock, Writer, find_blocks
 from lab.memory import available
 from lab.migrate import MigrationFailed, watched
 from lab.qemu import GuestError, Qemu
+from lab.ram import Ram, Writer, find_blocks
 from lab.random.case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case,
                              Side, policy, source_reads)
 from lab.random.model import (DATA, HOLE, MIB, PAGE, THP, ZERO, BlockModel,
@@ -213,7 +213,7 @@ class Machine:
             if case.dirty == 'guest' else None
         self.qemu = Qemu(name, setup.binaries[self._binary()],
                          self._arguments())
-        self.blocks: List[RamBlock] = []
+        self.blocks: List[Ram] = []
         self.before: List[bytearray] = []
         self.allocated_before: List[int] = []
 
@@ -280,11 +280,9 @@ class Machine:
 
     def _object(self, number: int) -> str:
         side = self.block_sides[number]
-        backend = BACKENDS[side.backend]
-        options = [backend.options, f'id=ram{number}',
-                   f'size={self.case.blocks[number].size}M', 'merge=off']
-        if self._files[number]:
-            options.append(f'mem-path={self._files[number]}')
+        options = [BACKENDS[side.backend].object(
+            f'ram{number}', self.case.blocks[number].size * MIB,
+            self._files[number] or '')]
         if side.offset:
             options.append(f'offset={side.offset:#x}')
         if side.prealloc:
@@ -370,10 +368,10 @@ class Machine:
             if pages is None:
                 pages = in_units(planned, THP // PAGE)
             elif minus(planned, pages):
-                raise RuntimeError(f'{self.name} {block.name}: not all is '
+                raise RuntimeError(f'{self.name}: not all is '
                                    'populated that was written')
             self.before.append(pages)
-            self.allocated_before.append(block.allocated())
+            self.allocated_before.append(block.allocated() or 0)
 
     def _configure(self) -> None:
         self._setup.say(f'{self.name}: {self.side}')
@@ -434,11 +432,10 @@ def _populate(writer: Writer, model: BlockModel) -> None:
                 writer.write(at, _ZEROES[:end * PAGE - at])
 
 
-def populated(block: RamBlock) -> Optional[bytearray]:
+def populated(block: Ram) -> Optional[bytearray]:
     """Pages that the kernel says are there; None with hugetlbfs."""
-    extents = block.populated()
-    return None if extents is None else in_extents(extents,
-                                                   block.size // PAGE)
+    return None if block.huge else in_extents(list(block.extents()),
+                                              block.size // PAGE)
 
 
 # The migration
@@ -765,9 +762,10 @@ class Check:
             units = sum(in_units(allowed, THP // PAGE)) * PAGE
             units = max(units, machine.allocated_before[number]
                         if machine.name == 'source' else 0)
-            if block.allocated() > units:
+            allocated = block.allocated() or 0
+            if allocated > units:
                 self.complaints.append(
-                    f'{name} has {block.allocated() // MIB} MiB of huge '
+                    f'{name} has {allocated // MIB} MiB of huge '
                     f'pages, and no more than {units // MIB} MiB are needed')
             return
         if self.case.thp:
@@ -805,14 +803,14 @@ class Check:
                                    'that they have to have')
 
 
-def _around_huge(block: RamBlock, allowed: bytes) -> bytearray:
+def _around_huge(block: Ram, allowed: bytes) -> bytearray:
     """A transparent huge page is populated as a whole.
 
     That of a file has to be aligned in the file, that of anonymous memory in
     the address space; of a private mapping of a file it may be either.
     """
     by_address = in_units(allowed, THP // PAGE, block.address % THP // PAGE)
-    if not block.has_file:
+    if block.path is None:
         return by_address
     by_offset = in_units(allowed, THP // PAGE, block.file_offset % THP // PAGE)
     return by_offset if block.shared else union(by_address, by_offset)

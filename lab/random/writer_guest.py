@@ -9,9 +9,9 @@ import struct
 import time
 from typing import Any, Iterable, List, Tuple
 
-from lab.blocks import Block
 from lab.guest import writer
 from lab.qemu import Qemu
+from lab.ram import Ram
 from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel, WrongResult
 
 # Code and table, and what else a PC has there
@@ -27,7 +27,7 @@ _TIMEOUT = 50.0                 # seconds
 _POLL = 0.005
 
 
-def _read_number(block: Block, name: str) -> int:
+def _read_number(block: Ram, name: str) -> int:
     return writer.parse_table(
         block.read(writer.assemble().addresses[name], 4))[0]
 
@@ -96,7 +96,7 @@ class WriterGuest:
         self._wait_for('V', 1)
         self.wait_until_it_writes()
 
-    def apply(self, block: Block, model: BlockModel) -> None:
+    def apply(self, block: Ram, model: BlockModel) -> None:
         """Put into the model what the guest has written, by its table."""
         table = writer.parse_table(block.read(
             writer.assemble().addresses['TABLE'], 4 * self._pages))

@@ -17,7 +17,7 @@ import unittest
 from dataclasses import replace
 from unittest import mock
 
-from lab import bench, memory
+from lab import bench, content, memory
 from lab.measure import operation, ping, report, rows, summary
 from lab.measure.operation import Growth, Measurement, Times
 from lab.measure.rows import (AtMost, HolesAreRight, PairedRatioAtMost,
@@ -25,7 +25,9 @@ from lab.measure.rows import (AtMost, HolesAreRight, PairedRatioAtMost,
 from lab.measure.summary import RowResult
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import MigrationFailed
-from lab.qemu import BACKENDS, Guest
+from lab.qemu import Guest
+from lab.ram import KINDS, Sample, reset_rss_peak, sample
+from lab.tests import Memfd, mapped_ram
 
 
 def measurement(total=1.0, source=0, destination=0, holes=None, expected=5,
@@ -51,22 +53,6 @@ def result(stock, patched, *targets) -> RowResult:
                      {'stock': stock, 'patched': patched})
 
 
-class Ram:
-    """A memory file of this process as if it were a guest's RAM."""
-    count = 0
-
-    def __init__(self, test: unittest.TestCase, size: int):
-        Ram.count += 1
-        self.name = f'bench-{Ram.count}-of'
-        self.fd = os.memfd_create(self.name)
-        test.addCleanup(os.close, self.fd)
-        os.ftruncate(self.fd, size)
-        self.ram = memory.FileRam(os.getpid(), size, f'/memfd:{self.name}')
-
-    def page(self, number: int) -> bytes:
-        return os.pread(self.fd, PAGE_SIZE, number * PAGE_SIZE)
-
-
 class HalveUntil(unittest.TestCase):
     def test_first_that_fits(self):
         self.assertEqual(memory.halve_until(
@@ -83,18 +69,18 @@ class Fill(unittest.TestCase):
     SIZE = 37 * MIB
 
     def setUp(self):
-        self.ram = Ram(self, self.SIZE)
+        self.ram = Memfd(self, self.SIZE)
         self.pages = self.SIZE // PAGE_SIZE
 
     def test_every_page(self):
-        self.assertEqual(memory.fill(self.ram.ram), self.SIZE)
+        self.assertEqual(content.fill(self.ram.ram), self.SIZE)
         self.assertEqual(self.ram.ram.allocated(), self.SIZE)
         contents = {self.ram.page(number) for number in range(self.pages)}
         self.assertEqual(len(contents), self.pages)
         self.assertNotIn(bytes(PAGE_SIZE), contents)
 
     def test_every_second_page(self):
-        self.assertEqual(memory.fill(self.ram.ram, 2), self.SIZE // 2)
+        self.assertEqual(content.fill(self.ram.ram, 2), self.SIZE // 2)
         for number in range(self.pages):
             page = self.ram.page(number)
             if number % 2:
@@ -105,29 +91,29 @@ class Fill(unittest.TestCase):
     def test_ram_that_is_gone_is_an_error(self):
         with mock.patch.object(os, 'pwrite', lambda *_: 0), \
              self.assertRaises(OSError):
-            memory.fill(self.ram.ram)
+            content.fill(self.ram.ram)
 
     def test_a_file_that_only_a_mapping_can_write(self):
         # hugetlbfs
         with mock.patch.object(os, 'pwrite', side_effect=OSError(
                 errno.EINVAL, 'Invalid argument')):
-            self.assertEqual(memory.fill(self.ram.ram), self.SIZE)
-        other = Ram(self, self.SIZE)
-        memory.fill(other.ram)
-        self.assertTrue(memory.compare(self.ram.ram, other.ram).identical)
+            self.assertEqual(content.fill(self.ram.ram), self.SIZE)
+        other = Memfd(self, self.SIZE)
+        content.fill(other.ram)
+        self.assertTrue(content.compare(self.ram.ram, other.ram).identical)
 
     def test_another_error_is_one(self):
         with mock.patch.object(os, 'pwrite', side_effect=OSError(
                 errno.ENOSPC, 'No space left')), \
              self.assertRaises(OSError):
-            memory.fill(self.ram.ram)
+            content.fill(self.ram.ram)
 
     def test_nothing_beyond_the_end(self):
-        memory.fill(self.ram.ram)
+        content.fill(self.ram.ram)
         self.assertEqual(os.fstat(self.ram.fd).st_size, self.SIZE)
 
     def test_expected_holes(self):
-        memory.fill(self.ram.ram, 2)
+        content.fill(self.ram.ram, 2)
         if self.ram.ram.allocated() != self.SIZE // 2:
             self.skipTest('shmem huge pages: every second page fills all')
         self.assertEqual(operation.count_holes(self.ram.ram, 'memfd'),
@@ -142,11 +128,11 @@ class Scatter(unittest.TestCase):
     SIZE = 101 * MIB
 
     def test_same_data_as_full(self):
-        full = Ram(self, self.DATA)
-        memory.fill(full.ram)
-        ram = Ram(self, self.SIZE)
-        self.assertEqual(memory.scatter(ram.ram, self.DATA), self.DATA)
-        extents = list(ram.ram.extents(ram.fd))
+        full = Memfd(self, self.DATA)
+        content.fill(full.ram)
+        ram = Memfd(self, self.SIZE)
+        self.assertEqual(content.scatter(ram.ram, self.DATA), self.DATA)
+        extents = list(ram.ram.extents())
         pages = [page for page in
                  map(ram.page, range(self.SIZE // PAGE_SIZE))
                  if page != bytes(PAGE_SIZE)]
@@ -156,13 +142,13 @@ class Scatter(unittest.TestCase):
         if ram.ram.allocated() != self.DATA:
             self.skipTest('shmem huge pages: more than the data is allocated')
         self.assertEqual({end - start for start, end in extents},
-                         {memory.EXTENT})
+                         {content.EXTENT})
 
     def test_no_part_of_an_extent(self):
-        ram = Ram(self, self.SIZE)
-        for amount in (0, PAGE_SIZE, self.SIZE + memory.EXTENT):
+        ram = Memfd(self, self.SIZE)
+        for amount in (0, PAGE_SIZE, self.SIZE + content.EXTENT):
             with self.assertRaises(ValueError):
-                memory.scatter(ram.ram, amount)
+                content.scatter(ram.ram, amount)
 
 
 class Dirty(unittest.TestCase):
@@ -223,7 +209,7 @@ class Events(unittest.TestCase):
 class OwnFile(unittest.TestCase):
     def test_reserved_and_sparse(self):
         with tempfile.TemporaryDirectory() as directory:
-            for backend, allocated in (('reserved', MIB), ('disk', 0)):
+            for backend, allocated in (('reserved', MIB), ('other-file', 0)):
                 with contextlib.ExitStack() as stack:
                     name = operation.ram_file(stack, backend, MIB, directory)
                     status = os.stat(name)
@@ -239,13 +225,9 @@ class PrivateRam(unittest.TestCase):
     SIZE = 8 * MIB
 
     def setUp(self):
-        self.file = Ram(self, self.SIZE)
-        self.area = mmap.mmap(self.file.fd, self.SIZE,
-                              flags=mmap.MAP_PRIVATE)
-        self.addCleanup(self.area.close)
-        self.area.madvise(mmap.MADV_NOHUGEPAGE)
-        self.ram = memory.PrivateFileRam(os.getpid(), self.SIZE,
-                                         f'/memfd:{self.file.name}')
+        self.file = Memfd(self, self.SIZE)
+        self.area, self.ram = mapped_ram(self, self.file.fd, self.SIZE,
+                                         mmap.MAP_PRIVATE)
 
     def test_counts_what_is_in_the_file_and_what_is_not(self):
         self.assertEqual(self.ram.allocated(), 0)
@@ -259,7 +241,7 @@ class PrivateRam(unittest.TestCase):
     def test_sees_both_kinds_of_data(self):
         os.pwrite(self.file.fd, b'file', 0)
         self.area[5 * MIB] = 1
-        extents = list(self.ram.extents(-1))
+        extents = list(self.ram.extents())
 
         def covered(offset):
             return any(start <= offset < end for start, end in extents)
@@ -274,7 +256,7 @@ class PrivateRam(unittest.TestCase):
     def test_looking_allocates_nothing(self):
         os.pwrite(self.file.fd, b'file', 0)
         before = self.ram.allocated()
-        list(self.ram.extents(-1))
+        list(self.ram.extents())
         self.assertEqual(self.ram.allocated(), before)
 
 
@@ -370,22 +352,22 @@ class Process(unittest.TestCase):
 
     def test_peak_starts_anew(self):
         def resident():
-            return memory.sample(os.getpid(), Ram(self, 3 * MIB).ram)
+            return sample(os.getpid(), Memfd(self, 3 * MIB).ram)
 
         with mmap.mmap(-1, 32 * MIB) as area:
             area.write(bytes(32 * MIB))
         self.assertGreaterEqual(resident().rss_peak,
                                 resident().rss + 16 * MIB)
-        memory.reset_rss_peak(os.getpid())
+        reset_rss_peak(os.getpid())
         self.assertLess(resident().rss_peak, resident().rss + 16 * MIB)
 
     def test_growth_of_anonymous_ram_is_the_process(self):
-        before = memory.Sample(None, 0, 0, 10, 0, 0, 0)
+        before = Sample(None, 0, 0, 10, 0, 0, 0)
         self.assertEqual(operation.ram_growth(
             before, replace(before, rss_anon=17)), 7)
 
     def test_growth_of_a_file_is_the_file(self):
-        before = memory.Sample(100, 0, 0, 10, 0, 0, 0)
+        before = Sample(100, 0, 0, 10, 0, 0, 0)
         self.assertEqual(operation.ram_growth(
             before, replace(before, allocated=103, rss_anon=17)), 3)
 
@@ -399,7 +381,7 @@ class Rows(unittest.TestCase):
         for each in rows.ALL:
             for variant in each.variants:
                 for backend in variant.backends:
-                    self.assertIn(backend, BACKENDS)
+                    self.assertIn(backend, KINDS)
                 self.assertIn(variant.qemu, ('stock', 'patched'))
             self.assertEqual(len({variant.label for variant in each.variants}),
                              len(each.variants))

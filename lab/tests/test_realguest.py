@@ -8,6 +8,7 @@ import unittest
 
 from lab.guest import __main__ as real_guest, linux
 from lab.memory import GIB, MIB, PAGE_SIZE
+from lab.tests import Memfd
 
 LINE = ('load: 12 s, 345 written, 6789 checked, 10 freed, 2048 KiB MemFree, '
         '0 errors, end')
@@ -76,29 +77,6 @@ class Lines(unittest.TestCase):
             self.assertLess(time.monotonic() - started, 10)
 
 
-class FakeRam:
-    """A file in place of a guest's RAM."""
-    base = 0
-
-    def __init__(self, path: str, pages):
-        self.path = path
-        self.size = len(pages) * PAGE_SIZE
-        with open(path, 'wb') as file:
-            file.write(b''.join(pages))
-
-    def allocated(self):
-        """As of a full one."""
-        return self.size
-
-    def open(self) -> int:
-        """For reading and writing."""
-        return os.open(self.path, os.O_RDWR)
-
-    def extents(self, _):
-        """All of it."""
-        yield 0, self.size
-
-
 def load_page(first: int) -> bytes:
     """As guest-load.c would write it."""
     return b''.join((first + word).to_bytes(8, 'little')
@@ -112,14 +90,12 @@ class LostWrites(unittest.TestCase):
         other = bytes(range(256)) * (PAGE_SIZE // 256)
         pages = [bytes(PAGE_SIZE), load_page(1 << 40), other, load_page(77),
                  load_page(5)]
-        with tempfile.TemporaryDirectory() as directory:
-            ram = FakeRam(os.path.join(directory, 'ram'), pages)
-            self.assertEqual(linux.lose_writes(ram, 2), 2)
-            with open(ram.path, 'rb') as file:
-                self.assertEqual(
-                    [file.read(PAGE_SIZE) for _ in pages],
-                    [bytes(PAGE_SIZE), bytes(PAGE_SIZE), other,
-                     bytes(PAGE_SIZE), load_page(5)])
+        ram = Memfd(self, len(pages) * PAGE_SIZE)
+        os.pwrite(ram.fd, b''.join(pages), 0)
+        self.assertEqual(linux.lose_writes(ram.ram, 2), 2)
+        self.assertEqual([ram.page(number) for number in range(len(pages))],
+                         [bytes(PAGE_SIZE), bytes(PAGE_SIZE), other,
+                          bytes(PAGE_SIZE), load_page(5)])
 
 
 class Complaints(unittest.TestCase):

@@ -9,38 +9,21 @@ import time
 import unittest
 from unittest import mock
 
-from lab import demo, memory, migrate
+from lab import content, demo, memory, migrate
 from lab.measure import report
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import MigrateConfig, Pressure, Probe, Result, Watchdog
-
-
-class Memfd:
-    """A memfd of this process, seen as if it were a guest's RAM."""
-    count = 0
-
-    def __init__(self, test: unittest.TestCase, size: int):
-        Memfd.count += 1
-        name = f'test-{Memfd.count}-of'
-        self.fd = os.memfd_create(name)
-        test.addCleanup(os.close, self.fd)
-        os.ftruncate(self.fd, size)
-        self.ram = memory.FileRam(os.getpid(), size, f'/memfd:{name}')
-
-    def extents(self) -> list:
-        return list(self.ram.extents(self.fd))
+from lab.ram import Sample, flag_extents, merge_extents
+from lab.tests import Memfd, mapped_ram
 
 
 def anonymous_ram(test: unittest.TestCase, size: int):
-    """Anonymous memory without huge pages, and the same as GuestRam."""
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    test.addCleanup(area.close)
-    area.madvise(mmap.MADV_NOHUGEPAGE)
-    return area, memory.AnonymousRam(os.getpid(), size)
+    """Anonymous memory, and the same as RAM."""
+    return mapped_ram(test, -1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def sample(allocated=None, rss=0) -> memory.Sample:
-    return memory.Sample(allocated, rss, rss, 0, 0, 0, 0)
+def sample(allocated=None, rss=0) -> Sample:
+    return Sample(allocated, rss, rss, 0, 0, 0, 0)
 
 
 def result(before, after, source=64 * MIB, differing=0) -> Result:
@@ -51,7 +34,7 @@ def result(before, after, source=64 * MIB, differing=0) -> Result:
         source_before=sample(source), source_after=sample(source),
         destination_before=sample(before), destination_after=sample(after),
         total_time=1.0, downtime=0.1, wall_time=1.1, ram={},
-        comparison=memory.Comparison(
+        comparison=content.Comparison(
             source, source, differing, PAGE_SIZE if differing else None))
 
 
@@ -80,21 +63,21 @@ class Extents(unittest.TestCase):
                 ([(0, 2)], [(2, 3)], [(0, 3)]),
                 ([(0, 9)], [(2, 3)], [(0, 9)]),
                 ([(5, 6)], [(1, 2)], [(1, 2), (5, 6)])):
-            self.assertEqual(memory.merge_extents(one, other), merged)
-            self.assertEqual(memory.merge_extents(other, one), merged)
+            self.assertEqual(merge_extents(one, other), merged)
+            self.assertEqual(merge_extents(other, one), merged)
 
     def test_flags(self):
         for flags, runs in ((b'', []), (b'\0\0', []), (b'\1', [(0, 1)]),
                             (b'\0\1\1\0\1', [(1, 3), (4, 5)])):
-            self.assertEqual(list(memory.flag_extents(flags)), runs)
+            self.assertEqual(list(flag_extents(flags)), runs)
 
     def test_of_memfd(self):
         memfd = Memfd(self, 1024 * GIB)
-        self.assertEqual(memfd.extents(), [])
+        self.assertEqual(list(memfd.ram.extents()), [])
         os.pwrite(memfd.fd, b'x', 0)
         last = memfd.ram.size - PAGE_SIZE
         os.pwrite(memfd.fd, b'x', last)
-        extents = memfd.extents()
+        extents = list(memfd.ram.extents())
         self.assertEqual(extents[0][0], 0)
         self.assertEqual(extents[-1][1], memfd.ram.size)
         self.assertLess(sum(end - start for start, end in extents), 16 * MIB)
@@ -104,7 +87,7 @@ class Extents(unittest.TestCase):
         area[5 * PAGE_SIZE] = 1
         self.assertEqual(area[9 * PAGE_SIZE], 0)    # maps the zero page
         area[ram.size - 1] = 1
-        self.assertEqual(list(ram.extents(-1)), [
+        self.assertEqual(list(ram.extents()), [
             (5 * PAGE_SIZE, 6 * PAGE_SIZE), (ram.size - PAGE_SIZE, ram.size)])
 
 
@@ -112,7 +95,7 @@ class Layout(unittest.TestCase):
     def test_pages_are_in_bounds_and_apart(self):
         for size in (64 * MIB, 1 * GIB, 256 * GIB, 3 * GIB + PAGE_SIZE):
             for amount in (0, PAGE_SIZE, 1 * MIB, 64 * MIB):
-                layout = memory.data_layout(size, amount)
+                layout = content.data_layout(size, amount)
                 end = 0
                 for extent in layout:
                     self.assertGreaterEqual(extent[0], end)
@@ -123,7 +106,7 @@ class Layout(unittest.TestCase):
                 self.assertLessEqual(sum(e - s for s, e in layout), amount)
 
     def test_reaches_the_last_page(self):
-        layout = memory.data_layout(256 * GIB, 64 * MIB)
+        layout = content.data_layout(256 * GIB, 64 * MIB)
         self.assertEqual(layout[-1], (256 * GIB - PAGE_SIZE, 256 * GIB))
         self.assertGreater(sum(e - s for s, e in layout), 63 * MIB)
 
@@ -131,7 +114,7 @@ class Layout(unittest.TestCase):
         memfd = Memfd(self, 64 * MIB)
         there = memfd.ram.size - PAGE_SIZE
         os.pwrite(memfd.fd, b'firmware', there)
-        written = memory.write_data(memfd.ram, 1 * MIB)
+        written = content.write_data(memfd.ram, 1 * MIB)
         self.assertEqual(os.pread(memfd.fd, 8, there), b'firmware')
         self.assertGreater(written, 1 * MIB // 2)
         self.assertGreaterEqual(memfd.ram.allocated(), written + PAGE_SIZE)
@@ -147,7 +130,7 @@ class Compare(unittest.TestCase):
     def compare(self):
         """Compare, and see that it allocated nothing."""
         before = self.one.ram.allocated(), self.other.ram.allocated()
-        comparison = memory.compare(self.one.ram, self.other.ram)
+        comparison = content.compare(self.one.ram, self.other.ram)
         self.assertEqual(
             (self.one.ram.allocated(), self.other.ram.allocated()), before)
         return comparison
@@ -182,7 +165,7 @@ class Compare(unittest.TestCase):
 
     def test_same_data(self):
         for memfd in (self.one, self.other):
-            memory.write_data(memfd.ram, 4 * MIB)
+            content.write_data(memfd.ram, 4 * MIB)
         comparison = self.compare()
         self.assertTrue(comparison.identical)
         self.assertGreater(comparison.bytes_nonzero, 3 * MIB)
@@ -192,16 +175,16 @@ class Compare(unittest.TestCase):
         area, anonymous = anonymous_ram(self, size)
         memfd = Memfd(self, size)
         for ram in (anonymous, memfd.ram):
-            memory.write_data(ram, 4 * MIB)
-        self.assertTrue(memory.compare(anonymous, memfd.ram).identical)
+            content.write_data(ram, 4 * MIB)
+        self.assertTrue(content.compare(anonymous, memfd.ram).identical)
         area[PAGE_SIZE] = 1
-        comparison = memory.compare(anonymous, memfd.ram)
+        comparison = content.compare(anonymous, memfd.ram)
         self.assertEqual(comparison.differing_pages, 1)
         self.assertEqual(comparison.first_difference, PAGE_SIZE)
 
     def test_sizes_must_agree(self):
         with self.assertRaises(ValueError):
-            memory.compare(self.one.ram, Memfd(self, 1 * MIB).ram)
+            content.compare(self.one.ram, Memfd(self, 1 * MIB).ram)
 
 
 class Machine(unittest.TestCase):

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of the comparison of streams, and of patterns in guest RAM."""
 
-import os
 import struct
 import unittest
 import zlib
 
-from lab import content, memory
+from lab import content
 from lab.memory import MIB, PAGE_SIZE
+from lab.ram import merge_extents
 from lab.stream import (CONTINUE, DATA, EOS, MEM_SIZE, MULTIFD_FLUSH, PAGE,
                         RAM_HEADER, ZERO, Stream, StreamError, difference,
                         first_difference, multifd_difference, multifd_pages,
                         without_empty_sections)
+from lab.tests import Memfd
 
 SECTION = struct.pack('>I', 2)
 NAME = b'\x04mem0'
@@ -162,12 +163,6 @@ class Multifd(unittest.TestCase):
 class Pattern(unittest.TestCase):
     size = 4 * MIB
 
-    def memfd(self, name: str) -> memory.FileRam:
-        fd = os.memfd_create(name)
-        self.addCleanup(os.close, fd)
-        os.ftruncate(fd, self.size)
-        return memory.FileRam(os.getpid(), self.size, f'/memfd:{name}')
-
     def test_layout(self):
         """Runs follow each other, and there is some of everything."""
         for seed in range(20):
@@ -180,24 +175,24 @@ class Pattern(unittest.TestCase):
             self.assertEqual(kinds, {content.DATA, content.ZERO, content.HOLE})
 
     def test_write(self):
-        one, other = self.memfd('pattern-one'), self.memfd('pattern-other')
+        one, other = (Memfd(self, self.size).ram for _ in range(2))
         for ram in one, other:
             content.write(ram, 3)
-        self.assertTrue(memory.compare(one, other).identical)
+        self.assertTrue(content.compare(one, other).identical)
         wanted = {kind: [] for kind in (content.DATA, content.ZERO,
                                         content.HOLE)}
         for kind, start, end in content.layout(self.size, 3):
             wanted[kind].append((start, end))
         self.assertEqual(content.nonzero(one), wanted[content.DATA])
         self.assertEqual(
-            content.populated(one),
-            memory.merge_extents(wanted[content.DATA], wanted[content.ZERO]))
+            list(one.extents()),
+            merge_extents(wanted[content.DATA], wanted[content.ZERO]))
 
     def test_another_seed(self):
-        one, other = self.memfd('pattern-one'), self.memfd('pattern-other')
+        one, other = (Memfd(self, self.size).ram for _ in range(2))
         content.write(one, 3)
         content.write(other, 4)
-        self.assertFalse(memory.compare(one, other).identical)
+        self.assertFalse(content.compare(one, other).identical)
 
     def test_round_out(self):
         self.assertEqual(
