@@ -8,9 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Iterator, List, Optional, Sequence, Tuple
 
-
-class CgroupUnavailable(Exception):
-    """No cgroup can be made here; says why."""
+from lab.outcome import Unavailable
 
 
 # For this long, a process that has ended may still count as one of a cgroup
@@ -93,7 +91,7 @@ def own_directories(controller: str) -> Tuple[bool, List[str]]:
     """Where the limits of this process are.
 
     Returns whether they are of version 2, and the directories: that of its own
-    cgroup, and those above it.  Raises CgroupUnavailable.
+    cgroup, and those above it.  Raises Unavailable.
 
     controller: what for, such as 'memory'.
     """
@@ -104,16 +102,16 @@ def own_directories(controller: str) -> Tuple[bool, List[str]]:
     except OSError:
         own = mount = None
     if not own or not mount:
-        raise CgroupUnavailable(f'no {controller} cgroups are mounted')
+        raise Unavailable(f'no {controller} cgroups are mounted')
     version_2, path = own
     root, where = mount
     if root != '/':
         if not path.startswith(root):
-            raise CgroupUnavailable('the cgroup of this process is not '
-                                    'visible')
+            raise Unavailable('the cgroup of this process is not '
+                              'visible')
         path = path[len(root):]
     if '/..' in path:
-        raise CgroupUnavailable('the cgroup of this process is not visible')
+        raise Unavailable('the cgroup of this process is not visible')
     return version_2, list(_upwards(where, path))
 
 
@@ -139,7 +137,7 @@ class Cgroup:
         self._files = _V2
 
     def __enter__(self) -> 'Cgroup':
-        """Raises CgroupUnavailable."""
+        """Raises Unavailable."""
         self._files, places = _places()
         for place in places:
             try:
@@ -151,7 +149,7 @@ class Cgroup:
                 return self
             except OSError:
                 self.__exit__()
-        raise CgroupUnavailable(
+        raise Unavailable(
             'no cgroup with a memory limit can be made: this needs root, or '
             'a cgroup that is delegated with its memory controller')
 

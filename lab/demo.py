@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Dict, List, Optional, Tuple
 
 from lab import UserError, memory
-from lab.cgroup import CgroupUnavailable
+from lab.outcome import Unavailable
 from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
                      memory_floor, run_main, say, say_failed)
 from lab.measure import report
@@ -216,7 +216,7 @@ def try_pressure(configs: Dict[str, MigrateConfig]) -> Dict[str, Pressure]:
         try:
             pressures[name] = migrate_under_pressure(
                 config, limit, lambda text: say(f'  {text}'))
-        except CgroupUnavailable as err:
+        except Unavailable as err:
             say(f'Not shown: {err}.')
             break
     return pressures

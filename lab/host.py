@@ -12,7 +12,8 @@ import sys
 from contextlib import contextmanager
 from typing import Iterator, Optional
 
-from lab.cgroup import CgroupUnavailable, own_directories
+from lab.cgroup import own_directories
+from lab.outcome import Unavailable
 from lab.memory import MIB, PAGE_SIZE
 
 SHM = '/dev/shm'
@@ -55,7 +56,7 @@ def cpus() -> int:
     count: float = len(os.sched_getaffinity(0))
     try:
         version_2, directories = own_directories('cpu')
-    except CgroupUnavailable:
+    except Unavailable:
         directories = []
     for directory in directories:
         count = min(count, _quota(directory, version_2) or count)

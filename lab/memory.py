@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Callable, Dict, List, Optional, Tuple
 
 from lab import UserError
-from lab.cgroup import CgroupUnavailable, own_directories
+from lab.cgroup import own_directories
+from lab.outcome import Unavailable
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -68,7 +69,7 @@ def cgroup_headroom(directory: str, version_2: bool) -> Optional[int]:
 def _own_cgroups() -> Tuple[bool, List[str]]:
     try:
         return own_directories('memory')
-    except CgroupUnavailable:
+    except Unavailable:
         return True, []
 
 

@@ -331,7 +331,7 @@ def migrate_under_pressure(config: MigrateConfig, limit: int,
                            progress: Callable[[str], None]) -> Pressure:
     """Migrate to a destination in a memory cgroup with this limit (bytes).
 
-    Raises CgroupUnavailable, and what migrate_once() raises, if that is not
+    Raises Unavailable, and what migrate_once() raises, if that is not
     because the destination was killed.
     """
     result = None

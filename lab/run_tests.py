@@ -45,7 +45,7 @@ from typing import (Any, Callable, Dict, List, Optional, Sequence, TextIO,
 from lab import host, memory, terminal
 from lab.base import BUILD, PATCHES, ROOT
 from lab.ci import sanitizers, tap
-from lab.ci.tap import FAILED, PASSED, SKIPPED, Outcome
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
 
 LOGS = os.path.join(BUILD, 'logs/tests')
 PATCHED = os.path.join(BUILD, 'patched')

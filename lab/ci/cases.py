@@ -2,7 +2,6 @@
 """Test cases that are made from tables, reported in TAP."""
 
 import argparse
-import re
 import traceback
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,37 +9,19 @@ from typing import Callable, Sequence
 
 from lab import UserError
 from lab.cli import add_qemu_arguments
-
-
-class Skip(Exception):
-    """A case that cannot be run here; says why."""
-
-
-class Failure(Exception):
-    """Something that is not as it has to be."""
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, Unavailable
 
 
 @dataclass(frozen=True)
 class Case:
     """One case.
 
-    run: raises Failure, Skip, or what lab.cli.run_main() knows.
+    run: raises Wrong, Unavailable, or what lab.cli.run_main() knows.
     quick: one of those that are run if there is little time.
     """
     name: str
     run: Callable[[], None]
     quick: bool = False
-
-
-def expect(good: bool, what: str) -> None:
-    """Raise Failure, which says what, unless good."""
-    if not good:
-        raise Failure(what)
-
-
-def one_line(err: BaseException) -> str:
-    """For TAP, in which # starts a directive."""
-    return re.sub(r'[\s#]+', ' ', str(err) or repr(err)).strip()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,15 +50,14 @@ def run_cases(cases: Sequence[Case], args: argparse.Namespace) -> int:
     print(f'1..{len(chosen)}', flush=True)
     failures = 0
     for number, case in enumerate(chosen, 1):
-        line, end = f'ok {number} - {case.name}', ''
+        outcome, details = Outcome(case.name, PASSED), ''
         try:
             case.run()
-        except Skip as err:
-            end = f' # SKIP {one_line(err)}'
+        except Unavailable as err:
+            outcome = Outcome(case.name, SKIPPED, str(err))
         except Exception as err:    # pylint: disable=broad-except
             failures += 1
-            for text in traceback.format_exc().splitlines():
-                print(f'# {text}')
-            line, end = f'not {line}', f' - {one_line(err)}'
-        print(line + end, flush=True)
+            details = traceback.format_exc()
+            outcome = Outcome(case.name, FAILED, str(err) or repr(err))
+        print(outcome.tap(number, details), flush=True)
     return 1 if failures else 0

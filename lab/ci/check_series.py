@@ -26,7 +26,7 @@ from typing import Dict, Iterator, List, Set, Tuple
 from lab import run_tests
 from lab.base import BUILD as BASE_BUILD, ROOT
 from lab.ci import tap
-from lab.ci.tap import FAILED, PASSED, SKIPPED, Outcome
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, Wrong
 
 
 TREE = os.path.join(BASE_BUILD, 'series-tree')
@@ -59,10 +59,6 @@ WRITER_TESTS = (
 FILLED = 'untouched_allocated == 0'
 
 WARNING = re.compile(r': warning: |^warning: ', re.MULTILINE)
-
-
-class Failure(Exception):
-    """Something about a step is not as it should be."""
 
 
 def git(*args: str) -> str:
@@ -131,9 +127,9 @@ def build(step: int) -> str:
     with open(path, encoding='utf-8', errors='replace') as log:
         text = log.read()
     if code:
-        raise Failure(f'does not build, see {run_tests.shown(path)}')
+        raise Wrong(f'does not build, see {run_tests.shown(path)}')
     if WARNING.search(text):
-        raise Failure(f'builds with warnings, see {run_tests.shown(path)}')
+        raise Wrong(f'builds with warnings, see {run_tests.shown(path)}')
     return f'{time.monotonic() - began:.0f} s'
 
 
@@ -267,7 +263,7 @@ def check_step(step: Step, results: Dict[str, List[str]],
         for (_, width), text in zip(COLUMNS, step.run(previous)):
             columns.append(text)
             print(f'  {text:{width}}', end='', flush=True)
-    except Failure as failure:
+    except Wrong as failure:
         problem = str(failure)
     print(flush=True)
     if problem:

@@ -11,12 +11,9 @@ import selectors
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import Callable, Dict, IO, Iterator, List, Optional, Sequence
 
-PASSED = 'passed'
-FAILED = 'failed'
-SKIPPED = 'skipped'
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
 
 RESULT = re.compile(r'(?P<bad>not )?ok\b\s*(?P<number>\d+)?\s*(?:- )?'
                     r'(?P<name>[^#]*?)\s*(?:#\s*(?P<directive>.*))?$')
@@ -26,19 +23,6 @@ DIRECTIVE = re.compile(r'(skip|todo)\S*\s*(.*)', re.IGNORECASE)
 BEHIND = re.compile(r'(?:(?:not )?ok \d+ /|Bail out!|1\.\.\d+$).*')
 PLAN = re.compile(r'1\.\.(\d+)\s*(?:#\s*(?:skip\S*\s*)?(.*))?$',
                   re.IGNORECASE)
-
-
-@dataclass
-class Outcome:
-    """What became of one test."""
-    name: str
-    status: str
-    reason: str = ''
-    seconds: float = 0.0
-    # Whether the program itself said so, or it is what its end tells
-    reported: bool = False
-    # Where its output is, if the caller has said
-    log: str = ''
 
 
 class Parser:

@@ -7,6 +7,8 @@ import unittest
 from types import TracebackType
 from typing import Optional, Tuple, Type, Union
 
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
+
 _Error = Union[Tuple[Type[BaseException], BaseException, TracebackType],
                Tuple[None, None, None]]
 
@@ -18,11 +20,10 @@ class TapResult(unittest.TestResult):
         super().__init__()
         self._subtests_failed = False
 
-    def _line(self, good: bool, test: unittest.TestCase,
-              directive: str = '') -> None:
-        print(f'{"ok" if good else "not ok"} {self.testsRun} '
-              f'{test.id().removeprefix(f"{sys.argv[1]}.")}{directive}',
-              flush=True)
+    def _line(self, status: str, test: unittest.TestCase, reason: str = '',
+              details: str = '') -> None:
+        print(Outcome(test.id().removeprefix(f'{sys.argv[1]}.'), status,
+                      reason).tap(self.testsRun, details), flush=True)
 
     def startTest(self, test: unittest.TestCase) -> None:
         self._subtests_failed = False
@@ -37,12 +38,11 @@ class TapResult(unittest.TestResult):
 
     def addSuccess(self, test: unittest.TestCase) -> None:
         if not self._subtests_failed:
-            self._line(True, test)
+            self._line(PASSED, test)
 
     def _bad(self, test: unittest.TestCase, err: _Error) -> None:
-        for line in ''.join(traceback.format_exception(err[1])).splitlines():
-            print(f'# {line}')
-        self._line(False, test, f' - {err[1]!r}'.replace('\n', ' ').replace('#', ''))
+        self._line(FAILED, test, repr(err[1]),
+                   ''.join(traceback.format_exception(err[1])))
 
     def addError(self, test: unittest.TestCase, err: _Error) -> None:
         super().addError(test, err)
@@ -54,7 +54,7 @@ class TapResult(unittest.TestResult):
 
     def addSkip(self, test: unittest.TestCase, reason: str) -> None:
         super().addSkip(test, reason)
-        self._line(True, test, f' # SKIP {reason}')
+        self._line(SKIPPED, test, reason)
 
 
 def main() -> int:

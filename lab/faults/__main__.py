@@ -125,22 +125,14 @@ class Printer:
         with self._lock:
             self._number += 1
             if self._tap:
-                self._say_tap(name, result)
+                print(result.outcome_of(name).tap(self._number, (
+                    report.failure(result, name) if result.complaint else '')),
+                    flush=True)
             elif result.complaint:
                 print(report.failure(result, name), flush=True)
             if self._verbose and not result.complaint:
                 print(f'{result.seconds:5.1f} s  {result.outcome or "skipped"}'
                       f': {result.case.describe()}', flush=True)
-
-    def _say_tap(self, name: str, result: Result) -> None:
-        if result.complaint:
-            for line in report.failure(result, name).splitlines():
-                print(f'# {line}')
-        directive = f' # SKIP {result.skipped}' if result.skipped else ''
-        # As the parser of TAP wants it
-        complaint = result.complaint.replace('#', '').replace('\n', ' ')
-        print(f'{"not " if complaint else ""}ok {self._number} {name}'
-              f'{f" - {complaint}" if complaint else directive}', flush=True)
 
 
 def run_all(args: argparse.Namespace, tools: Tools) -> List[Result]:

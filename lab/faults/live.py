@@ -21,10 +21,11 @@ from lab.faults.cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS,
 from lab.faults.peek import Expected
 from lab.faults.run import Job, Result, Tools, require_userfaultfd, run_job
 from lab.faults.sides import Side, Snapshot
-from lab.faults.verdict import check_ended, require
+from lab.faults.verdict import check_ended
 from lab.guest import writer
 from lab.memory import KIB, MIB, PAGE_SIZE
 from lab.migrate import Watchdog, watched
+from lab.outcome import expect
 
 
 _SIZE = 64 * MIB
@@ -105,8 +106,8 @@ class _Live(Job):
                 said = file.read()
         except FileNotFoundError:
             return ''
-        require('X' not in said, f'the guest on the {name} has found a page '
-                'that is wrong')
+        expect('X' not in said, f'the guest on the {name} has found a page '
+               'that is wrong')
         return said
 
     def _wait_for(self, name: str, what: str, more: int, watchdog: Watchdog) -> None:
@@ -162,32 +163,32 @@ class _Live(Job):
         if bug:
             self._result.outcome = f'QEMU 10.0: {bug}'
         elif ending.destination == 'completed':
-            require(ending.source == 'completed', 'the destination has '
-                    f'completed, and the source has {ending.source}')
+            expect(ending.source == 'completed', 'the destination has '
+                   f'completed, and the source has {ending.source}')
             self._result.outcome = ('recovered' if ending.recoveries
                                     else 'completed')
             self._check_completed(case, source, destination)
         else:
-            require(case.fault != 'none' and not ending.ran,
-                    f'source {ending.source}, destination '
-                    f'{ending.destination}')
+            expect(case.fault != 'none' and not ending.ran,
+                   f'source {ending.source}, destination '
+                   f'{ending.destination}')
             if ending.source == 'completed':
                 source.qmp('cont')      # as a management tool does
-            require(source.status() == 'running', 'after a migration that '
-                    f'{ending.source} the source is {source.status()}')
+            expect(source.status() == 'running', 'after a migration that '
+                   f'{ending.source} the source is {source.status()}')
             self._wait_for('source', 'B', 2, watchdog)
         return on
 
     def _check_completed(self, case: Case, source: Side,
                          destination: Side) -> None:
-        require(source.status() == 'postmigrate',
-                f'the source is {source.status()} after the migration')
+        expect(source.status() == 'postmigrate',
+               f'the source is {source.status()} after the migration')
         if case.how.postcopy:
             return                      # the guest has run on since
         comparison = content.compare(source.ram, destination.ram)
-        require(comparison.identical,
-                f'{comparison.differing_pages} pages differ, the first at '
-                f'{comparison.first_difference or 0:#x}')
+        expect(comparison.identical,
+               f'{comparison.differing_pages} pages differ, the first at '
+               f'{comparison.first_difference or 0:#x}')
 
     def _check_by_guest(self, name: str, destination: Side,
                         watchdog: Watchdog) -> None:

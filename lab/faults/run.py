@@ -12,17 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, Optional, Set, Tuple
 
 from lab import host
-from lab.cgroup import Cgroup, CgroupUnavailable
+from lab.cgroup import Cgroup
 from lab.cli import memory_floor
 from lab.faults import known, sides, verdict
 from lab.faults.attempt import GONE, Attempt, Ending, Hang, configure
 from lab.faults.cases import MODES, Case
 from lab.faults.failcalls import FailCalls
 from lab.faults.peek import Expected
-from lab.faults.sides import Layout, Side, Snapshot, Unavailable, stacks
-from lab.faults.verdict import Wrong, require
+from lab.faults.sides import Layout, Side, Snapshot, stacks
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import MigrationAborted, Watchdog, watched
+from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong,
+                         expect)
 from lab.qemu import GuestError
 
 
@@ -72,6 +73,13 @@ class Result:
     peeks: int = 0
     logs: Dict[str, str] = field(default_factory=dict)
     failed_calls: Counter[str] = field(default_factory=Counter)
+
+    def outcome_of(self, name: str) -> Outcome:
+        """As that of a test of this name."""
+        status = (FAILED if self.complaint else SKIPPED if self.skipped
+                  else PASSED)
+        return Outcome(name, status, self.complaint or self.skipped,
+                       self.seconds)
 
 
 def _no_core_dumps() -> None:
@@ -172,10 +180,7 @@ class _Run(Job):
         if case.how.postcopy:
             require_userfaultfd()
         if case.fault == 'oom':
-            try:
-                self._cgroup = self._stack.enter_context(Cgroup(GIB))
-            except CgroupUnavailable as err:
-                raise Unavailable(str(err)) from err
+            self._cgroup = self._stack.enter_context(Cgroup(GIB))
         if case.fault == 'tmpfs-full':
             self._tmpfs = self._stack.enter_context(
                 sides.small_tmpfs(self._directory, case.limit))
@@ -323,16 +328,16 @@ class _Run(Job):
         why = not bug and verdict.must_complete(
             case, ending, len(snapshot.units(PAGE_SIZE)) * PAGE_SIZE)
         completed = ending.destination == 'completed'
-        require(not why or completed and ending.source == 'completed',
-                f'source {ending.source}, destination {ending.destination}, '
-                f'although {why}')
-        require(case.fault != 'held' or ending.held > 0,
-                'what was accessed while the channel was broken was not '
-                'answered before postcopy ended')
+        expect(not why or completed and ending.source == 'completed',
+               f'source {ending.source}, destination {ending.destination}, '
+               f'although {why}')
+        expect(case.fault != 'held' or ending.held > 0,
+               'what was accessed while the channel was broken was not '
+               'answered before postcopy ended')
         for peeker in attempt.peekers:
-            require(not peeker.wrong, peeker.wrong or '')
+            expect(not peeker.wrong, peeker.wrong or '')
         if ending.source != GONE:
-            require(source.ended() is None, 'the source has not survived')
+            expect(source.ended() is None, 'the source has not survived')
             verdict.check_content('the source, after the migration',
                                   snapshot, source)
             if 'source' not in case.fails_calls_of and self._tools.sparse:
@@ -345,15 +350,15 @@ class _Run(Job):
             if ending.destination == 'postcopy-paused':
                 verdict.check_received(snapshot, expected, destination)
         if ending.source == 'completed':
-            require(source.status() == 'postmigrate',
-                    f'the source is {source.status()} after the migration')
+            expect(source.status() == 'postmigrate',
+                   f'the source is {source.status()} after the migration')
 
     def _check_completed(self, destination: Side, snapshot: Snapshot,
                          old: Layout, expected: Expected) -> None:
         # What the source was before, or paused, because of -S
         status = destination.status()
-        require(status in ('prelaunch', 'paused'),
-                f'after the migration, the destination is {status}')
+        expect(status in ('prelaunch', 'paused'),
+               f'after the migration, the destination is {status}')
         wanted = Snapshot(snapshot)
         try:
             for offset, data in expected.writes:
@@ -410,9 +415,9 @@ class _Run(Job):
         attempt = Attempt(second, source, destination, directory, expected,
                           watchdog)
         ending = attempt.run()
-        require(ending.source == ending.destination == 'completed',
-                f'the second attempt ({case.second_mode}): source '
-                f'{ending.source}, destination {ending.destination}')
+        expect(ending.source == ending.destination == 'completed',
+               f'the second attempt ({case.second_mode}): source '
+               f'{ending.source}, destination {ending.destination}')
         verdict.check_content('the source, after the second attempt',
                               snapshot, source)
         verdict.check_content('the destination, after the second attempt',
@@ -421,8 +426,8 @@ class _Run(Job):
             verdict.check_source_grew(before, source)
             verdict.check_sparse(snapshot, destination, set(), Layout((), ()))
         destination.qmp('cont')
-        require(destination.status() == 'running',
-                'the second destination cannot run')
+        expect(destination.status() == 'running',
+               'the second destination cannot run')
 
 
 def _remove(path: str) -> None:

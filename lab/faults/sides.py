@@ -19,12 +19,9 @@ from lab.faults.cases import number_of
 from lab.faults.failcalls import FailCalls, Rule
 from lab.host import SHM
 from lab.memory import MIB, PAGE_SIZE
+from lab.outcome import Unavailable
 from lab.qemu import Guest
 from lab.ram import HUGE_PAGE, Extent, Ram, merge_extents, pread_all
-
-
-class Unavailable(Exception):
-    """This machine does not have what a case needs; says what."""
 
 
 @contextmanager

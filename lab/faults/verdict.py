@@ -15,6 +15,7 @@ from lab.faults.peek import Expected
 from lab.faults.sides import (Layout, Side, Snapshot, allocated,
                               allocation_unit)
 from lab.memory import PAGE_SIZE
+from lab.outcome import Wrong, expect
 from lab.qemu import GuestError
 from lab.ram import HUGE_PAGE, Ram
 
@@ -26,16 +27,6 @@ _WARNING = re.compile(r"RAM block '([^']*)': cannot (?:find|punch) holes")
 
 # Run states in which nothing runs that has not all been loaded
 _NOT_RUN = ('inmigrate',)
-
-
-class Wrong(Exception):
-    """Something that has to hold does not; says what."""
-
-
-def require(condition: bool, what: str) -> None:
-    """Raise Wrong unless it holds."""
-    if not condition:
-        raise Wrong(what)
 
 
 def warnings(log: str) -> Dict[str, int]:
@@ -56,9 +47,9 @@ def ending_of(status: int) -> str:
 def check_content(what: str, expected: Ram, side: Side) -> None:
     """All bytes of RAM."""
     comparison = content.compare(expected, side.ram)
-    require(comparison.identical,
-            f'{what}: {comparison.differing_pages} pages differ, the first '
-            f'at {comparison.first_difference or 0:#x}')
+    expect(comparison.identical,
+           f'{what}: {comparison.differing_pages} pages differ, the first '
+           f'at {comparison.first_difference or 0:#x}')
 
 
 def check_received(snapshot: Snapshot, expected: Expected,
@@ -72,10 +63,10 @@ def check_received(snapshot: Snapshot, expected: Expected,
             for offset in range(start, end, PAGE_SIZE):
                 if offset // PAGE_SIZE in written:
                     continue
-                require(os.pread(fd, PAGE_SIZE, side.ram.base + offset)
-                        == snapshot.read(offset, PAGE_SIZE),
-                        'the destination, which waits for the rest, has a '
-                        f'wrong page at {offset:#x}')
+                expect(os.pread(fd, PAGE_SIZE, side.ram.base + offset)
+                       == snapshot.read(offset, PAGE_SIZE),
+                       'the destination, which waits for the rest, has a '
+                       f'wrong page at {offset:#x}')
 
 
 def most_allocated(snapshot: Snapshot, kind: str, touched: Set[int],
@@ -105,8 +96,8 @@ def check_sparse(snapshot: Snapshot, side: Side, touched: Set[int],
     if side.kind in ('memfd-private', 'anonymous-shared'):
         return              # may have a page twice, or in the kernel's file
     has = allocated(side)
-    require(has <= most, f'the destination has {has} bytes allocated, and '
-            f'{most} are enough')
+    expect(has <= most, f'the destination has {has} bytes allocated, and '
+           f'{most} are enough')
 
 
 def check_source_grew(before: Optional[int], side: Side) -> None:
@@ -115,18 +106,18 @@ def check_source_grew(before: Optional[int], side: Side) -> None:
     if before is None or now is None or side.kind == 'memfd-private':
         return
     slack = HUGE_PAGE if side.kind == 'hugetlb' else _SLACK
-    require(now <= before + slack,
-            f'the source has grown from {before} to {now} bytes')
+    expect(now <= before + slack,
+           f'the source has grown from {before} to {now} bytes')
 
 
 def check_survived(source: Side, snapshot: Snapshot, ending: Ending) -> None:
     """The guest is what it was, and can run on."""
-    require(source.ended() is None, 'the source has not survived')
+    expect(source.ended() is None, 'the source has not survived')
     status = source.status()
     allowed = (('postmigrate',) if ending.source == 'completed'
                else ('prelaunch', 'paused'))
-    require(status in allowed, f'after a migration that {ending.source} the '
-            f'source is {status}, and not {" or ".join(allowed)}')
+    expect(status in allowed, f'after a migration that {ending.source} the '
+           f'source is {status}, and not {" or ".join(allowed)}')
     check_content('the source, after a migration that failed', snapshot,
                   source)
     try:
@@ -135,21 +126,21 @@ def check_survived(source: Side, snapshot: Snapshot, ending: Ending) -> None:
         raise Wrong(f'the source cannot run on: {err}') from err
     deadline = time.monotonic() + 10
     while source.status() != 'running':
-        require(time.monotonic() < deadline, 'the source does not run on, '
-                f'but is {source.status()}')
+        expect(time.monotonic() < deadline, 'the source does not run on, '
+               f'but is {source.status()}')
         time.sleep(0.01)
     time.sleep(0.02)
     source.qmp('stop')
-    require(source.status() == 'paused', 'the source does not stop again')
+    expect(source.status() == 'paused', 'the source does not stop again')
 
 
 def check_not_run(destination: Side, ending: Ending) -> None:
     """A destination that did not get everything does not run."""
     status = destination.status()
-    require(status in _NOT_RUN or ending.destination == 'postcopy-paused',
-            f'the migration has not completed (source: {ending.source}, '
-            f'destination: {ending.destination}), but the destination is '
-            f'{status}')
+    expect(status in _NOT_RUN or ending.destination == 'postcopy-paused',
+           f'the migration has not completed (source: {ending.source}, '
+           f'destination: {ending.destination}), but the destination is '
+           f'{status}')
 
 
 def check_ended(side: Side, case: Case, oom_killed: bool,
@@ -178,8 +169,8 @@ def check_ended(side: Side, case: Case, oom_killed: bool,
 def check_warnings(log: str, name: str, migrations: int) -> None:
     """At most one for a block and a migration."""
     for block, count in warnings(log).items():
-        require(count <= migrations, f'the {name} has warned {count} times '
-                f'about block {block} in {migrations} migrations')
+        expect(count <= migrations, f'the {name} has warned {count} times '
+               f'about block {block} in {migrations} migrations')
 
 
 def must_complete(case: Case, ending: Ending, needed: int) -> Optional[str]:

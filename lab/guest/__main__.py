@@ -26,12 +26,12 @@ from lab import memory, modes
 from lab.base import BUILD
 from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
                      memory_floor, run_main, say)
-from lab.guest.linux import (Console, GuestUnavailable, Load, lose_writes,
-                             prepare)
+from lab.guest.linux import Console, Load, lose_writes, prepare
 from lab.measure.operation import Migrate, Session
 from lab.measure.report import mib, rst_table
 from lab.memory import GIB, MIB, format_size
 from lab.migrate import MigrationFailed, watched
+from lab.outcome import Unavailable, Wrong
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
 
 SKIPPED = 77
@@ -110,10 +110,6 @@ def hops_table(hops: Sequence[Hop]) -> str:
           mib(hop.destination), f'{hop.seconds:.1f}'] for hop in hops])
 
 
-class Failure(Exception):
-    """The guest is not well, or QEMU is not; says why."""
-
-
 class Traveller:        # pylint: disable=too-many-instance-attributes
     """A guest that moves from QEMU to QEMU.  A context manager."""
 
@@ -154,13 +150,13 @@ class Traveller:        # pylint: disable=too-many-instance-attributes
     def _wait_for_load(self, reports: int, timeout: float) -> None:
         before = len(self._console.reports())
         if not self._console.wait_for_reports(reports, timeout):
-            raise Failure(f'the load has not reported for {timeout} seconds')
+            raise Wrong(f'the load has not reported for {timeout} seconds')
         trouble = self._console.trouble()
         if trouble:
-            raise Failure(f'the guest says: {trouble}')
+            raise Wrong(f'the guest says: {trouble}')
         since = self._console.reports()[before:]
         if since[-1].written <= since[0].written:
-            raise Failure('the load does not write any more')
+            raise Wrong('the load does not write any more')
 
     def boot(self) -> float:
         """Start it; returns the seconds until the load runs."""
@@ -331,12 +327,12 @@ def run(args: argparse.Namespace) -> int:
         try:
             # QEMU's options for kernel, initramfs, and so on
             args.guest_options = prepare(load, directory)
-        except GuestUnavailable as err:
+        except Unavailable as err:
             say(f'skipped: {err}')
             return SKIPPED
         try:
             failures = travel(args) + show_bite(args)
-        except (Failure, GuestError, MigrationFailed) as err:
+        except (Wrong, GuestError, MigrationFailed) as err:
             say(f'FAILED: {err} (console: {os.path.relpath(LOG)}*)')
             failures = 1
     return min(failures, 1)

@@ -20,6 +20,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from lab import UserError
 from lab.base import ROOT
 from lab.memory import KIB, PAGE_SIZE
+from lab.outcome import Unavailable
 from lab.ram import Ram
 
 GUEST = os.path.join(ROOT, 'build/guest')
@@ -57,10 +58,6 @@ _TROUBLE = re.compile(r'Kernel panic|Oops|general protection|segfault|'
 
 _PROGRESS = re.compile(r'load: (\d+) s, (\d+) written, (\d+) checked, '
                        r'(\d+) freed, (\d+) KiB MemFree, (\d+) errors, end')
-
-
-class GuestUnavailable(Exception):
-    """Kernel and busybox cannot be had; says why."""
 
 
 # The initramfs
@@ -145,12 +142,12 @@ def prepare(load: Load, directory: str) -> List[str]:
     """Make the guest; returns QEMU's options for it.
 
     directory: for the initramfs, as long as QEMUs are started.
-    Raises GuestUnavailable, or UserError.
+    Raises Unavailable, or UserError.
     """
     result = subprocess.run([GET_GUEST], stderr=subprocess.PIPE, text=True,
                             check=False)
     if result.returncode == _UNAVAILABLE:
-        raise GuestUnavailable(result.stderr.strip().rpartition('\n')[2])
+        raise Unavailable(result.stderr.strip().rpartition('\n')[2])
     if result.returncode:
         raise UserError(result.stderr.strip())
     kernels = glob.glob(f'{GUEST}/kernel/boot/vmlinuz-*')

@@ -25,12 +25,13 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from lab import content, host, memory
 from lab.base import BUILD
-from lab.ci.cases import Case, Failure, Skip, add_arguments, expect, run_cases
+from lab.ci.cases import Case, add_arguments, run_cases
 from lab.cli import check_binaries, memory_floor, run_main
 from lab.measure.operation import Migrate, Session
 from lab.memory import MIB, PAGE_SIZE
 from lab.migrate import MigrationFailed, configure, settle, watched
 from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
+from lab.outcome import Unavailable, Wrong, expect
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
 from lab.ram import Extent, Ram, without
 
@@ -202,7 +203,7 @@ class Rig:
     def guest(self, name: str, qemu: str, machine: str, **more: Any) -> Guest:
         """A guest that was not started yet."""
         if qemu == OLD and self.no_old:
-            raise Skip(self.no_old)
+            raise Unavailable(self.no_old)
         args = more.pop('extra_args', ())
         return Guest(name, self.binaries[qemu], SIZE, accel=self.accel,
                      extra_args=('-machine', machine, *self.extra_args, *args),
@@ -251,7 +252,7 @@ def migrate(rig: Rig, pair: Tuple[str, str], machine: str, way: Way) -> None:
             return
         except EndedTooSoon as err:
             print(f'# {err} before there were {Writer.ROUNDS} rounds: again')
-    raise Failure(f'no migration of {TRIES} lasted for {Writer.ROUNDS} rounds')
+    raise Wrong(f'no migration of {TRIES} lasted for {Writer.ROUNDS} rounds')
 
 
 def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
@@ -261,9 +262,9 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
     backends = [ours if qemu == PATCHED else theirs for qemu in pair]
     mode = way.mode
     if mode.postcopy and not host.userfaultfd_works(by_device=pair[1] != OLD):
-        raise Skip(host.NO_USERFAULTFD)
+        raise Unavailable(host.NO_USERFAULTFD)
     if 'shm-directory' in backends and host.free_shm() < SIZE:
-        raise Skip(f'less than {SIZE // MIB} MiB free in {host.SHM}')
+        raise Unavailable(f'less than {SIZE // MIB} MiB free in {host.SHM}')
     with ExitStack() as stack:
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix='old-and-new-'))

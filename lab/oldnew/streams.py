@@ -28,12 +28,13 @@ from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from lab import content, memory
-from lab.ci.cases import Case, add_arguments, expect, run_cases
+from lab.ci.cases import Case, add_arguments, run_cases
 from lab.cli import check_binaries, memory_floor, run_main
 from lab.measure.operation import wait_until
 from lab.memory import MIB
 from lab.migrate import MigrationFailed, configure, watched
 from lab.modes import MODES, POSTCOPY, PRECOPY, Mode
+from lab.outcome import expect
 from lab.qemu import Guest, import_qemu
 from lab.ram import KINDS, Ram
 from lab.stream import (Stream, StreamError, difference, first_difference,

@@ -17,12 +17,13 @@ import multiprocessing
 import os
 import sys
 import time
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from lab import cli, host, qemu
 from lab.memory import MIB, available
 from lab.random.case import PATCHED, STOCK, draw
-from lab.random.run import FAILED, PASSED, SKIPPED, Outcome, Setup, run_case
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
+from lab.random.run import Setup, run_case
 
 # What a case may need: two guests, which may be filled, and Python
 _MEMORY_PER_JOB = 512 * MIB
@@ -32,10 +33,10 @@ _PROGRESS = 30.0                # seconds between lines that say how far it is
 _setup: Optional[Setup] = None
 
 
-def _run_seed(seed: int) -> Outcome:
+def _run_seed(seed: int) -> Tuple[int, Outcome]:
     """In a process of its own."""
     assert _setup
-    return run_case(draw(seed), _setup)
+    return seed, run_case(draw(seed), _setup)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,11 +89,11 @@ def _within(seeds: List[int], seconds: Optional[float]) -> Iterator[int]:
         yield seed
 
 
-def _failure(outcome: Outcome) -> str:
+def _failure(seed: int, outcome: Outcome) -> str:
     """All that can be said about it."""
-    return (f'{draw(outcome.seed)}\n{_indented(outcome.text)}\n'
+    return (f'{draw(seed)}\n{_indented(outcome.reason)}\n'
             '  to repeat: python3 -m lab.random --verbose --seed '
-            f'{outcome.seed}')
+            f'{seed}')
 
 
 class Tally:
@@ -102,20 +103,20 @@ class Tally:
         self.counts: Dict[str, int] = collections.Counter()
         self._skipped: Dict[str, int] = collections.Counter()
         self._began = self._said = time.monotonic()
-        self._slowest: List[Outcome] = []
+        self._slowest: List[Tuple[float, int]] = []
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, seed: int, outcome: Outcome) -> None:
         """One more."""
         self.counts[outcome.status] += 1
-        self._slowest = sorted([*self._slowest, outcome],
-                               key=lambda each: -each.seconds)[:3]
+        self._slowest = sorted([*self._slowest, (outcome.seconds, seed)],
+                               reverse=True)[:3]
         if outcome.status == SKIPPED:
-            self._skipped[outcome.text] += 1
-        self._print(outcome)
+            self._skipped[outcome.reason] += 1
+        self._print(seed, outcome)
 
-    def _print(self, outcome: Outcome) -> None:
+    def _print(self, seed: int, outcome: Outcome) -> None:
         if outcome.status == FAILED:
-            print(f'FAILED {_failure(outcome)}', flush=True)
+            print(f'FAILED {_failure(seed, outcome)}', flush=True)
         if time.monotonic() - self._said > _PROGRESS:
             self._said = time.monotonic()
             print(f'... {self}', flush=True)
@@ -131,12 +132,12 @@ class Tally:
 
     def speed(self) -> str:
         """How many in which time, and which of them took long."""
-        seconds = time.monotonic() - self._began
+        took = time.monotonic() - self._began
         done = sum(self.counts.values())
-        slowest = ', '.join(f'{each.seed} ({each.seconds:.1f} s)'
-                            for each in self._slowest)
-        return (f'{done} cases in {seconds:.0f} seconds, '
-                f'{done / seconds * 3600:.0f} an hour; the slowest: {slowest}')
+        slowest = ', '.join(f'{seed} ({seconds:.1f} s)'
+                            for seconds, seed in self._slowest)
+        return (f'{done} cases in {took:.0f} seconds, '
+                f'{done / took * 3600:.0f} an hour; the slowest: {slowest}')
 
     def _print_sum(self) -> None:
         for reason, count in self._skipped.items():
@@ -148,19 +149,10 @@ class Tally:
 class TapTally(Tally):
     """The same as TAP."""
 
-    def _print(self, outcome: Outcome) -> None:
-        case = draw(outcome.seed)
-        name = (f'{sum(self.counts.values())} - seed {case.seed}: {case.mode} '
-                f'by {case.transport}')
-        if outcome.status == SKIPPED:
-            print(f'ok {name} # SKIP {outcome.text}', flush=True)
-        elif outcome.status == PASSED:
-            print(f'ok {name}', flush=True)
-        else:
-            for line in _failure(outcome).splitlines():
-                print(f'# {line}')
-            first = outcome.text.partition('\n')[0].replace('#', 'no. ')
-            print(f'not ok {name} - {first}', flush=True)
+    def _print(self, seed: int, outcome: Outcome) -> None:
+        print(outcome.tap(sum(self.counts.values()), (
+            _failure(seed, outcome) if outcome.status == FAILED else '')),
+            flush=True)
 
     def _print_sum(self) -> None:
         print(f'# {self.speed()}')
@@ -203,14 +195,14 @@ def run() -> int:
     if len(seeds) == 1:
         if args.verbose:
             print(draw(seeds[0]))
-        tally.add(_run_seed(seeds[0]))
+        tally.add(*_run_seed(seeds[0]))
         return tally.close()
     # Processes, because the setting of huge pages is a process's
     context = multiprocessing.get_context('fork')
     with context.Pool(_jobs(args.jobs)) as pool:
-        for outcome in pool.imap_unordered(_run_seed,
-                                           _within(seeds, args.seconds)):
-            tally.add(outcome)
+        for result in pool.imap_unordered(_run_seed,
+                                          _within(seeds, args.seconds)):
+            tally.add(*result)
     return tally.close()
 
 

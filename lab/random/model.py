@@ -24,10 +24,6 @@ Extent = Tuple[int, int]        # start, end (exclusive)
 _ZERO_PAGE = bytes(PAGE)
 
 
-class WrongResult(Exception):
-    """Something is not what it should be."""
-
-
 # Patterns: which page is what
 
 def _runs(rng: random.Random, pages: int, _: int) -> bytearray:

@@ -18,17 +18,16 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from lab import UserError, host
 from lab.memory import available
 from lab.migrate import MigrationFailed, watched
+from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
 from lab.qemu import GuestError, Qemu
 from lab.ram import Ram, Writer, find_blocks
 from lab.random.case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case,
                              Side, policy, source_reads)
 from lab.random.model import (DATA, HOLE, MIB, PAGE, THP, ZERO, BlockModel,
-                              Content, WrongResult, allowed_on_destination,
+                              Content, allowed_on_destination,
                               allowed_on_source, expand, in_extents, in_units,
                               minus, runs_of, some, union)
 from lab.random.writer_guest import WriterGuest
-
-PASSED, FAILED, SKIPPED = 'passed', 'failed', 'skipped'
 
 TIMEOUT = 60.0                  # seconds, for what takes less than one
 _FAST = 8 << 30                 # bytes a second: no limit
@@ -69,19 +68,6 @@ class Setup:
     say: Callable[[str], None] = lambda _: None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a case; text says why it failed or was skipped."""
-    seed: int
-    status: str
-    seconds: float
-    text: str = ''
-
-
-class Unsupported(Exception):
-    """This machine cannot do what the case needs; says what."""
-
-
 # What this machine has
 
 def _direct_io_works(directory: str) -> bool:
@@ -95,33 +81,33 @@ def _direct_io_works(directory: str) -> bool:
 
 
 def _require(case: Case, directory: str, stack: ExitStack) -> None:
-    """Raise Unsupported if something is missing.
+    """Raise Unavailable if something is missing.
 
     stack: of what is to be undone when the case is over
     """
     if any('hugetlb' in side.backend for block in case.blocks
            for side in (block.source, block.destination)) \
             and stack.enter_context(host.locked_huge_pages()) < 64:
-        raise Unsupported('fewer than 64 free huge pages of 2 MiB '
+        raise Unavailable('fewer than 64 free huge pages of 2 MiB '
                           '(sysctl vm.nr_hugepages)')
     # With some room for what is around a block
     needed = sum((block.size + 1) * MIB for block in case.blocks
                  for side in (block.source, block.destination)
                  if side.backend.startswith('shm'))
     if needed and host.free_shm() < needed:
-        raise Unsupported(f'less than {needed // MIB} MiB free in {host.SHM}')
+        raise Unavailable(f'less than {needed // MIB} MiB free in {host.SHM}')
     if case.source.parameters.get('direct-io') and \
             not _direct_io_works(directory):
-        raise Unsupported(f'no O_DIRECT in {os.path.dirname(directory)} '
+        raise Unavailable(f'no O_DIRECT in {os.path.dirname(directory)} '
                           '(set TMPDIR)')
     if any(side.locked for side in (case.source, case.destination)) and \
             resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < _LOCKED and \
             os.geteuid():
-        raise Unsupported(f'no more than {_LOCKED // MIB} MiB of memory can '
+        raise Unavailable(f'no more than {_LOCKED // MIB} MiB of memory can '
                           'be locked (ulimit -l)')
     if (case.postcopy or case.mode == 'background-snapshot') and \
             not host.userfaultfd_works():
-        raise Unsupported(host.NO_USERFAULTFD)
+        raise Unavailable(host.NO_USERFAULTFD)
 
 
 _PR_SET_THP_DISABLE = 41
@@ -269,12 +255,12 @@ class Machine:
             end = side.offset + self.case.blocks[number].size * MIB
             with open(path, 'rb') as file:
                 if file.read(PAGE) != _around(side, 0):
-                    raise WrongResult(f'{self.name}, block {number}: the file '
-                                      'has changed in front of the block')
+                    raise Wrong(f'{self.name}, block {number}: the file '
+                                'has changed in front of the block')
                 file.seek(end)
                 if file.read(PAGE) != _around(side, 1):
-                    raise WrongResult(f'{self.name}, block {number}: the file '
-                                      'has changed behind the block')
+                    raise Wrong(f'{self.name}, block {number}: the file '
+                                'has changed behind the block')
 
     # The process
 
@@ -397,7 +383,7 @@ class Machine:
         got = self.qtest.read(self._address(number) + offset, length)
         model.touch(offset)
         if got != model.content[offset:offset + length]:
-            raise WrongResult(
+            raise Wrong(
                 f'{self.name}, block {number}: a read at {offset:#x} got '
                 f'{got.hex()}, not '
                 f'{model.content[offset:offset + length].hex()}')
@@ -713,7 +699,7 @@ class Check:
         self.complaints: List[str] = []
 
     def run(self) -> None:
-        """Raises WrongResult, which says all that is wrong."""
+        """Raises Wrong, which says all that is wrong."""
         for machine in (self.source, self.destination):
             if machine.guest:
                 machine.qemu.qmp('stop')
@@ -728,7 +714,7 @@ class Check:
         for machine in (self.source, self.destination):
             machine.check_around()
         if self.complaints:
-            raise WrongResult('\n'.join(self.complaints))
+            raise Wrong('\n'.join(self.complaints))
         if self.destination.guest:
             self.destination.guest.check_itself(self.destination.qemu,
                                                 self.destination.qtest)
@@ -819,7 +805,7 @@ def _around_huge(block: Ram, allowed: bytes) -> bytearray:
 # All together
 
 def _describe(error: BaseException) -> str:
-    if isinstance(error, (WrongResult, MigrationFailed, GuestError)):
+    if isinstance(error, (Wrong, MigrationFailed, GuestError)):
         return str(error)
     return ''.join(traceback.format_exception(error)).rstrip()
 
@@ -856,7 +842,7 @@ def _run(case: Case, setup: Setup) -> None:
                 Migration(case, source, destination, setup, directory).run()
                 Check(case, source, destination).run()
         except Exception as err:
-            raise WrongResult('\n'.join([
+            raise Wrong('\n'.join([
                 _describe(err), _last_words(source),
                 _last_words(destination)])) from err
 
@@ -878,12 +864,13 @@ def run_case(case: Case, setup: Setup) -> Outcome:
         case = _without_sparse_ram(case)
 
     def outcome(status: str, text: str = '') -> Outcome:
-        return Outcome(case.seed, status, time.monotonic() - began, text)
+        return Outcome(f'seed {case.seed}: {case.mode} by {case.transport}',
+                       status, text, time.monotonic() - began)
 
     try:
         _run(case, setup)
-    except Unsupported as err:
+    except Unavailable as err:
         return outcome(SKIPPED, str(err))
-    except (WrongResult, UserError) as err:
+    except (Wrong, UserError) as err:
         return outcome(FAILED, str(err))
     return outcome(PASSED)

@@ -10,9 +10,10 @@ import time
 from typing import Any, Iterable, List, Tuple
 
 from lab.guest import writer
+from lab.outcome import Wrong
 from lab.qemu import Qemu
 from lab.ram import Ram
-from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel, WrongResult
+from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel
 
 # Code and table, and what else a PC has there
 _LOW = 2 * MIB
@@ -69,15 +70,15 @@ class WriterGuest:
         with open(self._serial, encoding='ascii', errors='replace') as file:
             said = file.read()
         if 'X' in said:
-            raise WrongResult('the guest has found a page that is wrong')
+            raise Wrong('the guest has found a page that is wrong')
         return said
 
     def _wait_for(self, letter: str, count: int) -> None:
         deadline = time.monotonic() + _TIMEOUT
         while self._said().count(letter) < count:
             if time.monotonic() > deadline:
-                raise WrongResult(f'the guest has said {self._said()!r}, and '
-                                  f'should have said {letter} {count} times')
+                raise Wrong(f'the guest has said {self._said()!r}, and '
+                            f'should have said {letter} {count} times')
             time.sleep(_POLL)
 
     def batches(self) -> int:

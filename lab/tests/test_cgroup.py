@@ -12,7 +12,8 @@ from unittest import mock
 
 # pylint: disable=protected-access
 from lab import cgroup
-from lab.cgroup import Cgroup, CgroupUnavailable
+from lab.cgroup import Cgroup
+from lab.outcome import Unavailable
 from lab.memory import MIB
 
 MOUNTS = """\
@@ -59,9 +60,9 @@ class Places(unittest.TestCase):
     def test_only_a_part_is_mounted(self):
         self.assertEqual(self.places('5:memory:/box/a\n'), [
             f'/sys/fs/cgroup/memory{each}' for each in ('/a', '')])
-        with self.assertRaises(CgroupUnavailable):
+        with self.assertRaises(Unavailable):
             self.places('5:memory:/other\n')
-        with self.assertRaises(CgroupUnavailable):
+        with self.assertRaises(Unavailable):
             self.places('0::/../other\n')
 
 
@@ -86,7 +87,7 @@ class Limit(unittest.TestCase):
                 if peak is not None:
                     self.assertGreater(peak, self.LIMIT - 8 * MIB)
                     self.assertLessEqual(peak, self.LIMIT)
-        except CgroupUnavailable as err:
+        except Unavailable as err:
             self.skipTest(str(err))
         self.assertFalse(os.path.exists(path))
 
@@ -110,14 +111,14 @@ class Limit(unittest.TestCase):
                 group.leave(16 * MIB)
                 self.assertLess(group.limit, self.LIMIT)
                 self.assertEqual(self.run_with(group, self.LIMIT // 2), -9)
-        except CgroupUnavailable as err:
+        except Unavailable as err:
             self.skipTest(str(err))
 
     def test_a_directory_without_controller_is_left_as_it_was(self):
         with tempfile.TemporaryDirectory() as directory, \
              mock.patch.object(cgroup, '_places', lambda: (
                  cgroup._V2, [directory])), \
-             self.assertRaises(CgroupUnavailable):
+             self.assertRaises(Unavailable):
             try:
                 with Cgroup(self.LIMIT):
                     self.fail('it was made')

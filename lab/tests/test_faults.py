@@ -17,6 +17,7 @@ from lab.faults.attempt import Ending
 from lab.faults.cases import CLOSE, HALF, TO_DESTINATION, TO_SOURCE, Case, Cut
 from lab.faults.proxy import Flow, Proxy
 from lab.faults.sides import Layout, draw_layout
+from lab.outcome import Wrong
 from lab.memory import MIB, PAGE_SIZE
 
 
@@ -286,7 +287,7 @@ class Verdicts(unittest.TestCase):
                "qemu: warning: RAM block 'mem1': cannot punch holes: x\n")
         self.assertEqual(verdict.warnings(log), {'mem1': 2})
         verdict.check_warnings(log, 'source', 2)
-        with self.assertRaises(verdict.Wrong):
+        with self.assertRaises(Wrong):
             verdict.check_warnings(log, 'source', 1)
 
     def test_must_complete(self):

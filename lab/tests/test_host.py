@@ -11,7 +11,7 @@ from unittest import mock
 
 # pylint: disable=protected-access
 from lab import host
-from lab.cgroup import CgroupUnavailable
+from lab.outcome import Unavailable
 from lab.memory import MIB, PAGE_SIZE
 
 NOBODY = 65534
@@ -44,7 +44,7 @@ class Cpus(unittest.TestCase):
     def test_no_limit(self):
         self.assertEqual(self.cpus({}), 8)
         with mock.patch.object(host, 'own_directories',
-                               side_effect=CgroupUnavailable):
+                               side_effect=Unavailable):
             self.assertEqual(host.cpus(), len(os.sched_getaffinity(0)))
 
 

@@ -5,7 +5,7 @@ import io
 import unittest
 
 from lab.ci import tap
-from lab.ci.tap import FAILED, PASSED, SKIPPED
+from lab.outcome import FAILED, PASSED, SKIPPED
 
 
 def run(script: str, expected=(), timeout: float = 20):
