@@ -12,6 +12,7 @@ from lab import content, memory
 from lab.cgroup import Cgroup
 from lab.content import Comparison
 from lab.memory import GIB, MIB
+from lab.modes import TCP
 from lab.qemu import Guest, GuestError, Qemu
 from lab.ram import Sample
 
@@ -197,20 +198,37 @@ def _set_up(source: Guest, destination: Guest, config: MigrateConfig) -> str:
     return listen(destination)
 
 
-def configure(guest: Guest, capabilities: Iterable[str],
+def configure(qemu: Qemu, capabilities: Iterable[str],
               parameters: Dict[str, Any]) -> None:
     """Switch capabilities on, and set parameters."""
     if capabilities:
-        guest.qmp('migrate-set-capabilities', capabilities=[
+        qemu.qmp('migrate-set-capabilities', capabilities=[
             {'capability': name, 'state': True} for name in capabilities])
     if parameters:
-        guest.qmp('migrate-set-parameters', **parameters)
+        qemu.qmp('migrate-set-parameters', **parameters)
 
 
-def listen(destination: Guest) -> str:
-    """Wait for a migration on a free port; returns where, for migrate."""
-    destination.qmp('migrate-incoming', uri='tcp:127.0.0.1:0')
-    address = destination.query_migrate()['socket-address'][0]
+def clear_capabilities(qemu: Qemu) -> None:
+    """Switch off what an earlier migration has switched on."""
+    is_on = [each['capability']
+             for each in qemu.qmp('query-migrate-capabilities')
+             if each['state']]
+    if is_on:
+        qemu.qmp('migrate-set-capabilities', capabilities=[
+            {'capability': name, 'state': False} for name in is_on])
+
+
+def listen(destination: Qemu, uri: str = TCP, **options: Any) -> str:
+    """Wait for a migration; returns where, for migrate."""
+    destination.qmp('migrate-incoming', uri=uri, **options)
+    return address_of(destination, uri)
+
+
+def address_of(destination: Qemu, uri: str) -> str:
+    """Where it listens; uri: what it was told, which leaves the port open."""
+    if not uri.startswith('tcp:'):
+        return uri
+    address = destination.query_migrate()['socket-address'][-1]
     return f'tcp:{address["host"]}:{address["port"]}'
 
 

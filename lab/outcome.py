@@ -34,9 +34,11 @@ class Outcome:
     log: str = ''
 
     def tap(self, number: int, details: str = '') -> str:
-        """As TAP, in which # starts a directive; details come before, as comments.
+        """As TAP, with the first line of the reason, in which # would start a
+        directive; details come before, as comments.
         """
-        reason = re.sub(r'[\s#]+', ' ', self.reason).strip()
+        first = self.reason.strip().partition('\n')[0]
+        reason = re.sub(r'[\s#]+', ' ', first).strip()
         end = (f' # SKIP {reason}' if self.status == SKIPPED
                else f' - {reason}' if reason else '')
         return ''.join([*(f'# {line}\n' for line in details.splitlines()),

@@ -6,7 +6,7 @@ import random
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from lab.faults.cases import BYTES, SECONDS, Case, Cut
 from lab.faults.known import has_migration_thread
@@ -14,8 +14,9 @@ from lab.faults.peek import Expected, Peeker
 from lab.faults.proxy import Proxy
 from lab.faults.sides import Side
 from lab.memory import PAGE_SIZE
-from lab.migrate import MigrationAborted, Watchdog
-from lab.modes import Mode
+from lab.migrate import (MigrationAborted, Watchdog, address_of,
+                         clear_capabilities, configure, listen)
+from lab.modes import TCP
 from lab.qemu import GuestError, GuestGone
 
 
@@ -81,36 +82,15 @@ _DEFAULTS: Dict[str, Any] = {
     'max-bandwidth': 1 << 40, 'max-postcopy-bandwidth': 0}
 
 
-def configure(side: Side, mode: Mode, was_on: Set[str],
-              capabilities: Set[str], bandwidth: int = 0) -> Set[str]:
-    """Set a mode, whatever was set before; returns what is on now."""
-    wanted = {*mode.capabilities, *capabilities}
-    changes = [{'capability': name, 'state': name in wanted}
-               for name in sorted(wanted | was_on)]
-    if changes:
-        side.qmp('migrate-set-capabilities', capabilities=changes)
-    parameters = {**_DEFAULTS, **mode.parameters}
+def prepare(side: Side, case: Case, bandwidth: int = 0) -> None:
+    """Set what a case wants, whatever was set before."""
+    clear_capabilities(side)
+    parameters = {**_DEFAULTS, **case.how.parameters}
     if bandwidth:
         parameters.update({'max-bandwidth': bandwidth,
                            'max-postcopy-bandwidth': bandwidth})
-    side.qmp('migrate-set-parameters', **parameters)
-    return wanted
-
-
-def listen(destination: Side, transport: str, path: str,
-           exit_on_error: bool) -> str:
-    """Let the destination wait for a connection; returns where."""
-    uri = f'unix:{path}' if transport == 'unix' else 'tcp:127.0.0.1:0'
-    destination.qmp('migrate-incoming', uri=uri,
-                    **{'exit-on-error': exit_on_error})
-    return _address(destination, uri)
-
-
-def _address(destination: Side, uri: str) -> str:
-    if uri.startswith('unix:'):
-        return uri
-    address = destination.query_migrate()['socket-address'][-1]
-    return f'tcp:{address["host"]}:{address["port"]}'
+    more = {'return-path'} if case.return_path and not case.how.file else set()
+    configure(side, {*case.how.capabilities, *more}, parameters)
 
 
 class Attempt:
@@ -271,10 +251,14 @@ class Attempt:
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
 
+    def _uri(self, name: str) -> str:
+        return (f'unix:{self._path(name)}' if self._case.transport == 'unix'
+                else TCP)
+
     def _through_network(self) -> None:
         case = self._case
-        uri = listen(self._destination, case.transport,
-                     self._path('destination'), case.exit_on_error)
+        uri = listen(self._destination, self._uri('destination'),
+                     **{'exit-on-error': case.exit_on_error})
         proxy = self._new_proxy(uri)
         if case.fault == 'cancel-early':
             proxy.refuse()
@@ -487,11 +471,9 @@ class Attempt:
         ending.recoveries += 1
         if ending.recoveries > _RECOVERIES:
             raise Hang(f'paused again after {_RECOVERIES} recoveries')
-        path = self._path(f'recover-{ending.recoveries}')
-        uri = (f'unix:{path}' if self._case.transport == 'unix'
-               else 'tcp:127.0.0.1:0')
+        uri = self._uri(f'recover-{ending.recoveries}')
         self._destination.qmp('migrate-recover', uri=uri)
-        proxy = self._new_proxy(_address(self._destination, uri))
+        proxy = self._new_proxy(address_of(self._destination, uri))
         if self._cuts_left:
             proxy.cut(self._cuts_left.pop(0))
         self._source.qmp('migrate', uri=proxy.uri, resume=True)

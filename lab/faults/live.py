@@ -10,12 +10,12 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import List, Set
+from typing import List
 
 from lab import content
 from lab.cli import memory_floor
 from lab.faults import known
-from lab.faults.attempt import Attempt, Hang, configure
+from lab.faults.attempt import Attempt, Hang, prepare
 from lab.faults.cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS,
                               TO_DESTINATION, Case, Cut, Dice, Moment)
 from lab.faults.peek import Expected
@@ -128,12 +128,10 @@ class _Live(Job):
         with watched(self._sides, memory_floor(), _TIMEOUT) as watchdog:
             source.qmp('cont')
             self._wait_for('source', 'B', 4, watchdog)
-            on: Set[str] = set()
             for number, case in enumerate(self._cases):
                 name = f'destination-{number}'
                 destination = self._start(name, True)
-                on = self._migrate(case, number, source, destination, on,
-                                   watchdog)
+                self._migrate(case, number, source, destination, watchdog)
                 if self._result.outcome.startswith('QEMU 10.0'):
                     return
                 if self._result.outcome:
@@ -141,10 +139,9 @@ class _Live(Job):
             self._check_by_guest(name, destination, watchdog)
 
     def _migrate(self, case: Case, number: int, source: Side,
-                 destination: Side, on: Set[str], watchdog: Watchdog) -> Set[str]:
-        extra = {'return-path'} if case.return_path else set()
-        configure(destination, case.how, set(), extra)
-        on = configure(source, case.how, on, extra, case.bandwidth)
+                 destination: Side, watchdog: Watchdog) -> None:
+        prepare(destination, case)
+        prepare(source, case, case.bandwidth)
         source.qmp('migrate-set-parameters', **{'downtime-limit': 1000})
         if case.how.postcopy:
             # Let it run as soon as it can
@@ -177,7 +174,6 @@ class _Live(Job):
             expect(source.status() == 'running', 'after a migration that '
                    f'{ending.source} the source is {source.status()}')
             self._wait_for('source', 'B', 2, watchdog)
-        return on
 
     def _check_completed(self, case: Case, source: Side,
                          destination: Side) -> None:

@@ -9,19 +9,20 @@ import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Callable, Dict, List, Optional, Set, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 from lab import host
 from lab.cgroup import Cgroup
 from lab.cli import memory_floor
 from lab.faults import known, sides, verdict
-from lab.faults.attempt import GONE, Attempt, Ending, Hang, configure
+from lab.faults.attempt import GONE, Attempt, Ending, Hang, prepare
 from lab.faults.cases import MODES, Case
 from lab.faults.failcalls import FailCalls
 from lab.faults.peek import Expected
 from lab.faults.sides import Layout, Side, Snapshot, stacks
 from lab.memory import GIB, MIB, PAGE_SIZE
-from lab.migrate import MigrationAborted, Watchdog, watched
+from lab.migrate import MigrationAborted, Watchdog, address_of, watched
+from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong,
                          expect)
 from lab.qemu import GuestError
@@ -233,28 +234,20 @@ class _Run(Job):
         with watched(self._sides, memory_floor(),
                      self._tools.timeout) as watchdog:
             snapshot = self._snapshot(source)
-            was_on = self._migrate(source, destination, snapshot, old,
-                                   watchdog)
-            if was_on is not None:
-                self._try_again(source, was_on, watchdog)
+            if self._migrate(source, destination, snapshot, old, watchdog):
+                self._try_again(source, watchdog)
 
     def _snapshot(self, source: Side) -> Snapshot:
         snapshot = Snapshot(source.ram)
         self._stack.callback(snapshot.close)
         return snapshot
 
-    def _configure(self, source: Side, destination: Side,
-                   was_on: Set[str], case: Case) -> Set[str]:
-        extra = ({'return-path'} if case.return_path and not case.how.file
-                 else set())
-        configure(destination, case.how, set(), extra)
-        return configure(source, case.how, was_on, extra, case.bandwidth)
-
     def _migrate(self, source: Side, destination: Side, snapshot: Snapshot,
-                 old: Layout, watchdog: Watchdog) -> Optional[Set[str]]:
-        """Returns the source's capabilities if it is to try again."""
+                 old: Layout, watchdog: Watchdog) -> bool:
+        """Whether the source is to try again."""
         case = self._case
-        on = self._configure(source, destination, set(), case)
+        prepare(destination, case)
+        prepare(source, case, case.bandwidth)
         for side in (source, destination):
             rules = [rule for name, rule in case.rules if name == side.name]
             if rules:
@@ -279,16 +272,16 @@ class _Run(Job):
         self._result.peeks = sum(peeker.done for peeker in attempt.peekers)
         if bug in (known.POSTCOPY_END, known.MULTIFD_CANCEL,
                    known.PREEMPT_PONG):
-            return None
+            return False
         lost = ending.destination not in ('completed', 'postcopy-paused')
         if ending.source in ('failed', 'cancelled') or \
                 ending.source == 'completed' and lost:
             if case.fault == 'cancel-early' and ending.source == 'cancelled':
-                self._same_pair(source, destination, snapshot, on, watchdog)
-                return None
+                self._same_pair(source, destination, snapshot, watchdog)
+                return False
             verdict.check_survived(source, snapshot, ending)
-            return on
-        return None
+            return True
+        return False
 
     def _attempt(self, attempt: Attempt, source: Side,
                  destination: Side) -> Tuple[Ending, str]:
@@ -374,15 +367,15 @@ class _Run(Job):
     # Afterwards
 
     def _same_pair(self, source: Side, destination: Side,
-                   snapshot: Snapshot, on: Set[str], watchdog: Watchdog) -> None:
+                   snapshot: Snapshot, watchdog: Watchdog) -> None:
         """It was cancelled before the destination has heard of it."""
         again = replace(self._case, fault='none', exit_on_error=True,
                         moment=None, bandwidth=0)
-        configure(source, again.how, on, on - set(again.how.capabilities))
+        prepare(source, again)
         uri = destination.query_migrate()['socket-address'][-1]
-        address = (f'unix:{uri["path"]}' if uri['type'] == 'unix'
-                   else f'tcp:{uri["host"]}:{uri["port"]}')
-        source.qmp('migrate', uri=address)
+        source.qmp('migrate', uri=(
+            f'unix:{uri["path"]}' if uri['type'] == 'unix'
+            else address_of(destination, TCP)))
         while source.query_migrate()['status'] not in ('completed', 'failed'):
             if watchdog.tripped:
                 raise Hang(f'the same pair again: {watchdog.tripped}')
@@ -394,7 +387,7 @@ class _Run(Job):
         verdict.check_content('the destination, the same pair again',
                               snapshot, destination)
 
-    def _try_again(self, source: Side, was_on: Set[str], watchdog: Watchdog) -> None:
+    def _try_again(self, source: Side, watchdog: Watchdog) -> None:
         """With a new destination, and without faults."""
         case = self._case
         mode = MODES[case.second_mode or case.mode]
@@ -410,7 +403,8 @@ class _Run(Job):
         before = source.ram.allocated()
         destination = self._start('destination-2', kind, True)
         assert mode is second.how
-        self._configure(source, destination, was_on, second)
+        prepare(destination, second)
+        prepare(source, second, second.bandwidth)
         expected = Expected(snapshot)
         attempt = Attempt(second, source, destination, directory, expected,
                           watchdog)

@@ -30,7 +30,7 @@ from lab.guest.linux import Console, Load, lose_writes, prepare
 from lab.measure.operation import Migrate, Session
 from lab.measure.report import mib, rst_table
 from lab.memory import GIB, MIB, format_size
-from lab.migrate import MigrationFailed, watched
+from lab.migrate import MigrationFailed, clear_capabilities, watched
 from lab.outcome import Unavailable, Wrong
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
 
@@ -196,7 +196,8 @@ class Traveller:        # pylint: disable=too-many-instance-attributes
         source = self._guest
         with ExitStack() as stack:
             destination = self._new_qemu(stack, incoming=True)
-            _clear_capabilities(source)
+            # It was a destination before, and has those of that time
+            clear_capabilities(source)
             before = self._allocated(source)
             with watched((source, destination), memory_floor(),
                          HOP_TIMEOUT) as watchdog:
@@ -210,13 +211,6 @@ class Traveller:        # pylint: disable=too-many-instance-attributes
         self._wait_for_load(REPORTS, REPORT_TIMEOUT)
         return Hop(name, self.used(), before, *after,
                    times.wall + (times.load or 0))
-
-
-def _clear_capabilities(guest: Guest) -> None:
-    """It was a destination before, and has those of that time."""
-    guest.qmp('migrate-set-capabilities', capabilities=[
-        {'capability': each['capability'], 'state': False}
-        for each in guest.qmp('query-migrate-capabilities') if each['state']])
 
 
 def _remove(path: str) -> None:

@@ -7,7 +7,6 @@ the guests, prepares RAM, and looks at what came of it.
 
 import os
 import random
-import socket
 import tempfile
 import time
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
                          configure, listen, watched, why_failed)
 from lab.modes import PRECOPY, Mode
 from lab.qemu import Guest
+from lab.qtest import Qtest
 from lab.ram import KINDS, Ram, Sample, reset_rss_peak
 
 # Seconds between two looks at how far it is
@@ -33,9 +33,6 @@ _BANDWIDTH = 1 << 40            # bytes per second
 # Of the pages that are written to at the switchover, the first one: below it a
 # PC has ROM
 _FIRST_DIRTY = 1 * MIB // PAGE_SIZE
-
-# Commands of qtest that are sent before their answers are read
-_QTEST_BATCH = 256
 
 
 def wait_until(done: Callable[[], bool], watchdog: Watchdog) -> None:
@@ -138,8 +135,7 @@ def dirty_pages(size: int, percent: int) -> List[int]:
 
 def write_by_qtest(guest: Guest, pages: List[int]) -> None:
     """Write to pages of a guest that does not run, and let QEMU notice."""
-    with tempfile.TemporaryDirectory(prefix='sparse-ram-') as directory, \
-         socket.socket(socket.AF_UNIX) as connection:
+    with tempfile.TemporaryDirectory(prefix='sparse-ram-') as directory:
         path = os.path.join(directory, 'qtest')
         guest.qmp('chardev-add', id='qtest', backend={
             'type': 'socket', 'data': {
@@ -147,19 +143,10 @@ def write_by_qtest(guest: Guest, pages: List[int]) -> None:
                 'server': True, 'wait': False}})
         guest.qmp('object-add', id='qtest-server', chardev='qtest',
                   **{'qom-type': 'qtest', 'log': '/dev/null'})
-        connection.connect(path)
-        with connection.makefile('rwb') as file:
-            for first in range(0, len(pages), _QTEST_BATCH):
-                batch = pages[first:first + _QTEST_BATCH]
-                file.write(b''.join(
-                    b'write 0x%x 0x8 0x%016x\n' % (page * PAGE_SIZE, ~page
-                                                   & (1 << 64) - 1)
-                    for page in batch))
-                file.flush()
-                for _ in batch:
-                    line = file.readline()
-                    if not line.startswith(b'OK'):
-                        raise MigrationFailed(f'qtest: {line!r}')
+        with Qtest(path) as qtest:
+            qtest.commands([
+                f'write {page * PAGE_SIZE:#x} 0x8 {~page & (1 << 64) - 1:#018x}'
+                for page in pages])
 
 
 @dataclass(frozen=True)

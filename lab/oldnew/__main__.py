@@ -11,7 +11,6 @@ Output is TAP.
 """
 
 import argparse
-import importlib
 import os
 import random
 import sys
@@ -33,6 +32,7 @@ from lab.migrate import MigrationFailed, configure, settle, watched
 from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.outcome import Unavailable, Wrong, expect
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
+from lab.qtest import Qtest
 from lab.ram import Extent, Ram, without
 
 SIZE = 128 * MIB
@@ -73,8 +73,8 @@ class Writer:
     PARAMETERS = {'max_bandwidth': FAST, 'downtime_limit': 1}
 
     def __init__(self, path: str, xbzrle: bool):
-        """path: of the qtest socket, see arguments()."""
-        self._path = path
+        """path: for the socket of qtest."""
+        self._qtest = Qtest(path)
         self._xbzrle = xbzrle
         self._fast = True
         self._rng = random.Random(SEED)
@@ -86,21 +86,20 @@ class Writer:
 
     def arguments(self) -> Sequence[str]:
         """For the source's command line."""
-        return ('-qtest', f'unix:{self._path},server=on,wait=off',
-                '-qtest-log', '/dev/null')
+        return self._qtest.arguments
 
-    def _write(self, qtest: Any) -> None:
+    def _write(self) -> None:
         """Change all hot pages, and some of the others."""
+        qtest = self._qtest
         for page in self._hot:
             where = page + self._rng.randrange(PAGE_SIZE)
-            qtest.cmd(f'memset {where:#x} 1 {self._rng.randrange(256):#x}')
+            qtest.write(where, bytes([self._rng.randrange(256)]))
         for page in self._rng.sample(self._others, self.OTHER_PAGES // 4):
             self.touched.add(page)
             if self._rng.random() < 0.3:
-                qtest.cmd(f'memset {page:#x} {PAGE_SIZE:#x} 0x00')
+                qtest.write(page, bytes(PAGE_SIZE))
             else:
-                data = content.page(self._rng).hex()
-                qtest.cmd(f'write {page:#x} {PAGE_SIZE:#x} 0x{data}')
+                qtest.write(page, content.page(self._rng))
 
     def _look(self, source: Guest) -> bool:
         """Whether there were enough rounds."""
@@ -118,17 +117,11 @@ class Writer:
                 and not (self._xbzrle and not info['xbzrle-cache']['pages']))
 
     def __call__(self, session: Session) -> None:
-        # Can be imported after import_qemu() only
-        qtest = importlib.import_module(
-            'qemu.machine.qtest').QEMUQtestProtocol(self._path)
-        qtest.connect()
-        try:
+        with self._qtest:
             while not self._look(session.source):
-                self._write(qtest)
+                self._write()
                 # Raises if there is something wrong
                 session.wait_until(lambda: not session.watchdog.tripped)
-        finally:
-            qtest.close()
         session.source.qmp('migrate-set-parameters',
                            **{'max-bandwidth': 1 << 40})
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run a random migration, and compare what came of it with the model."""
 
-import base64
 import ctypes
 import os
 import random
@@ -17,9 +16,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from lab import UserError, host
 from lab.memory import available
-from lab.migrate import MigrationFailed, watched
+from lab.migrate import MigrationFailed, configure, listen, watched
+from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
 from lab.qemu import GuestError, Qemu
+from lab.qtest import Qtest
 from lab.ram import Ram, Writer, find_blocks
 from lab.random.case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case,
                              Side, policy, source_reads)
@@ -131,51 +132,6 @@ def _thp(enabled: bool) -> Iterator[None]:
 
 # One side
 
-class Qtest:
-    """QEMU's test protocol: reads and writes memory as a guest would."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path)
-        self._listener.listen(1)
-        self._connection: Any = None
-        self._lines: Any = None
-
-    def accept(self) -> None:
-        """QEMU has been started."""
-        self._listener.settimeout(TIMEOUT)
-        self._connection, _ = self._listener.accept()
-        self._connection.settimeout(2 * TIMEOUT)
-        self._lines = self._connection.makefile('r', encoding='ascii')
-
-    def close(self) -> None:
-        """Also if it was never connected."""
-        for each in (self._lines, self._connection, self._listener):
-            if each:
-                each.close()
-
-    def _command(self, line: str) -> str:
-        self._connection.sendall(line.encode('ascii') + b'\n')
-        answer = self._lines.readline().split()
-        if not answer or answer[0] != 'OK':
-            raise GuestError(f'qtest: {line[:40]}: {" ".join(answer)}')
-        return answer[-1]
-
-    def write(self, address: int, data: bytes) -> None:
-        """As if a CPU had stored it."""
-        if data.count(data[0]) == len(data):
-            self._command(f'memset {address:#x} {len(data):#x} {data[0]:#x}')
-            return
-        text = base64.b64encode(data).decode('ascii')
-        self._command(f'b64write {address:#x} {len(data):#x} {text}')
-
-    def read(self, address: int, length: int) -> bytes:
-        """As if a CPU had loaded it."""
-        answer = self._command(f'read {address:#x} {length:#x}')
-        return bytes.fromhex(answer[2:])
-
-
 class Machine:
     """One side of a case: the QEMU, its blocks, and what they have to hold."""
 
@@ -193,7 +149,7 @@ class Machine:
                        for number in range(len(case.blocks))]
         self.models = [self.initial(number)
                        for number in range(len(case.blocks))]
-        self.qtest = Qtest(f'{directory}/{name}-qtest')
+        self.qtest = Qtest(f'{directory}/{name}-qtest', 2 * TIMEOUT)
         self.guest = WriterGuest(case.seed, case.blocks[0].size * MIB,
                                  f'{directory}/{name}') \
             if case.dirty == 'guest' else None
@@ -297,8 +253,7 @@ class Machine:
             arguments += ['-overcommit', 'mem-lock=on']
         if self.side.parameters.get('tls-creds'):
             arguments += ['-object', self._credentials()]
-        arguments += ['-qtest', f'unix:{self.qtest.path}',
-                      '-qtest-log', 'none']
+        arguments += self.qtest.arguments
         if self.guest:
             arguments += ['-accel', 'tcg', *self.guest.arguments]
         else:
@@ -329,13 +284,12 @@ class Machine:
                     self._create_file(number)
             with _thp(self.case.thp):
                 stack.enter_context(self.qemu)
-            self.qtest.accept()
+            stack.enter_context(self.qtest)
             self._find()
             self._configure()
             yield self
 
     def _remove_files(self) -> None:
-        self.qtest.close()
         for path in self._files:
             if path and os.path.exists(path):
                 os.unlink(path)
@@ -361,11 +315,7 @@ class Machine:
 
     def _configure(self) -> None:
         self._setup.say(f'{self.name}: {self.side}')
-        self.qemu.qmp('migrate-set-capabilities', capabilities=[
-            {'capability': name, 'state': True}
-            for name in self.side.capabilities])
-        if self.side.parameters:
-            self.qemu.qmp('migrate-set-parameters', **self.side.parameters)
+        configure(self.qemu, self.side.capabilities, self.side.parameters)
 
     # What a guest would do
 
@@ -481,13 +431,10 @@ class Migration:
                 end.close()
             self._incoming('fd:migration')
             return 'fd:migration'
-        if self.case.transport == 'unix':
-            uri = f'unix:{self._directory}/migration'
-            self._incoming(uri)
-            return uri
-        self._incoming('tcp:127.0.0.1:0')
-        address = self.destination.qemu.query_migrate()['socket-address'][0]
-        return f'tcp:{address["host"]}:{address["port"]}'
+        uri = (f'unix:{self._directory}/migration'
+               if self.case.transport == 'unix' else TCP)
+        self._say(f'destination: migrate-incoming {uri}')
+        return listen(self.destination.qemu, uri)
 
     def _file_address(self, name: str) -> str:
         path = f'{self._directory}/stream'

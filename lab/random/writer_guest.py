@@ -7,11 +7,12 @@ See lab/guest/writer.py.
 import os
 import struct
 import time
-from typing import Any, Iterable, List, Tuple
+from typing import Iterable, List, Tuple
 
 from lab.guest import writer
 from lab.outcome import Wrong
 from lab.qemu import Qemu
+from lab.qtest import Qtest
 from lab.ram import Ram
 from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel
 
@@ -89,7 +90,7 @@ class WriterGuest:
         """Another batch."""
         self._wait_for('B', self.batches() + 1)
 
-    def check_itself(self, qemu: Qemu, qtest: Any) -> None:
+    def check_itself(self, qemu: Qemu, qtest: Qtest) -> None:
         """Let it check all of its pages, and run on; it must be stopped."""
         qtest.write(writer.assemble().addresses['VERIFY'],
                     b'\1\0\0\0')

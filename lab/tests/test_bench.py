@@ -25,7 +25,7 @@ from lab.measure.rows import (AtMost, HolesAreRight, PairedRatioAtMost,
 from lab.measure.summary import RowResult
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import MigrationFailed
-from lab.qemu import Guest
+from lab.qemu import Guest, GuestError
 from lab.ram import KINDS, Sample, reset_rss_peak, sample
 from lab.tests import Memfd, mapped_ram
 
@@ -188,7 +188,7 @@ class Dirty(unittest.TestCase):
         operation.write_by_qtest(guest, [5])
         self.assertEqual(said, [b'write 0x5000 0x8 0xfffffffffffffffa\n'])
         for answer in (b'FAIL Unknown command\n', b''):
-            with self.assertRaises(MigrationFailed):
+            with self.assertRaises(GuestError):
                 operation.write_by_qtest(guest, [5])
 
 
