@@ -58,6 +58,12 @@ class Kind:
         """Whether the kernel can tell its holes."""
         return self.shared and self.fs in ('tmpfs', 'hugetlbfs')
 
+    @property
+    def is_freed(self) -> bool:
+        """Whether the patched QEMU frees what becomes zero: QEMU has made it itself.
+        """
+        return self.holes_known and 'memory-backend-file' not in self.options
+
     def object(self, name: str, size: int, file: str = '',
                reserve: bool = True) -> str:
         """The value of -object.

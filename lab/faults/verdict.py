@@ -17,7 +17,7 @@ from lab.faults.sides import (Layout, Side, Snapshot, allocated,
 from lab.memory import PAGE_SIZE
 from lab.outcome import Wrong, expect
 from lab.qemu import GuestError
-from lab.ram import HUGE_PAGE, Ram
+from lab.ram import HUGE_PAGE, KINDS, Ram
 
 
 # Pages that QEMU itself may write to while it loads devices
@@ -89,7 +89,7 @@ def check_sparse(snapshot: Snapshot, side: Side, touched: Set[int],
                  old: Layout) -> None:
     """The destination has no more than what has data."""
     # Of a transparent huge page, a part cannot always be freed
-    can_free = (side.kind in ('memfd', 'shm-file', 'tmpfs', 'anonymous-shared')
+    can_free = (side.kind != 'tmpfs' and KINDS[side.kind].is_freed
                 and allocation_unit(side.kind) == PAGE_SIZE)
     most = most_allocated(snapshot, side.kind, touched,
                           None if can_free else old)

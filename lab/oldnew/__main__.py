@@ -33,7 +33,7 @@ from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.outcome import Unavailable, Wrong, expect
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
 from lab.qtest import Qtest
-from lab.ram import Extent, Ram, without
+from lab.ram import KINDS, Extent, Ram, without
 
 SIZE = 128 * MIB
 SEED = 7                        # of what is in the source's RAM
@@ -285,6 +285,8 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
         if pair[1] == PATCHED:
             content.write(destination.ram, OLD_SEED)
         before = list(source.ram.extents())
+        kept = ([] if KINDS[backends[1]].is_freed
+                else list(destination.ram.extents()))
 
         Migrate(mode, writer).run(
             Session(source, destination, watchdog, directory))
@@ -294,7 +296,7 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
             side, ram, allowed = 'source', source.ram, before
         else:
             side, ram = 'destination', destination.ram
-            allowed = content.nonzero(source.ram)
+            allowed = [*content.nonzero(source.ram), *kept]
         if way.running:
             # Firmware uses it on the source, and devices on the destination.
             # On a slow machine, firmware may not be done when it seems so.
