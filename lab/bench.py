@@ -28,8 +28,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from lab import UserError, host, memory
 from lab.base import ROOT
-from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
-                     memory_floor, run_main, say)
+from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
+                     run_main, say)
 from lab.host import SHM
 from lab.measure import report, summary
 from lab.measure.operation import MeasureConfig, Measurement, measure
@@ -38,7 +38,7 @@ from lab.measure.rows import (ALL, FULL, GROUPS, HARMLESS, IDLE, SCATTERED,
 from lab.measure.summary import RowResult
 from lab.memory import GIB, MIB, PAGE_SIZE, SMALLEST
 from lab.migrate import MigrationFailed
-from lab.qemu import GuestError, import_qemu, pick_accelerator
+from lab.qemu import GuestError, pick_accelerator
 
 OUTPUT = os.path.join(ROOT, 'build/bench')
 
@@ -446,14 +446,12 @@ def list_rows(rows: Sequence[Row]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """All of it; returns the exit status."""
-    memory.require_linux()
     if not select(ALL, args.only):
         raise UserError(f"no row matches {' or '.join(args.only)}: see --list")
     if args.list:
         list_rows(select(ALL, args.only))
         return 0
-    check_binaries((args.patched, args.stock))
-    import_qemu(args.qemu_python)
+    ready(args)
     try:
         os.makedirs(args.directory, exist_ok=True)
     except OSError as err:

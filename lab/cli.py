@@ -12,7 +12,7 @@ from lab import UserError, memory, terminal
 from lab.base import BUILD
 from lab.memory import MIB, SMALLEST
 from lab.migrate import MigrationFailed
-from lab.qemu import GuestError
+from lab.qemu import GuestError, import_qemu
 
 
 def say(text: str) -> None:
@@ -70,6 +70,13 @@ def check_binaries(paths: Iterable[Optional[str]]) -> None:
     if missing:
         raise UserError(f"there is no {' and no '.join(missing)}: "
                         "run 'make qemu stock' first")
+
+
+def ready(args: argparse.Namespace, *more: Optional[str]) -> None:
+    """Raise UserError unless the QEMUs are there; more: others than the two."""
+    memory.require_linux()
+    check_binaries((args.patched, args.stock, *more))
+    import_qemu(args.qemu_python)
 
 
 def memory_floor() -> int:

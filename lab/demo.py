@@ -18,14 +18,15 @@ from typing import Dict, List, Optional, Tuple
 
 from lab import UserError, memory
 from lab.outcome import Unavailable
-from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
-                     memory_floor, run_main, say, say_failed)
+from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
+                     run_main, say, say_failed)
 from lab.measure import report
 from lab.memory import GIB, MIB, format_size
-from lab.migrate import (DESTINATION_ALLOWANCE, MigrateConfig, MigrationFailed,
-                         Pressure, Probe, Result, migrate_once,
-                         migrate_under_pressure, probe)
-from lab.qemu import GuestError, import_qemu, pick_accelerator
+from lab.measure.once import (DESTINATION_ALLOWANCE, MigrateConfig, Pressure,
+                              Probe, Result, migrate_once,
+                              migrate_under_pressure, probe)
+from lab.migrate import MigrationFailed
+from lab.qemu import GuestError, pick_accelerator
 
 # What a destination that is short of memory gets on top of the guest's data:
 # for QEMU itself
@@ -130,10 +131,8 @@ def explain(probed: Probe, wanted: int, planned: List[MigrateConfig]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """All of it; returns the exit status."""
-    memory.require_linux()
-    check_binaries((args.patched, args.stock, args.source_binary))
+    ready(args, args.source_binary)
     check_json(args.json)
-    import_qemu(args.qemu_python)
 
     floor = memory_floor()
     fitting = survivable(args.stock_size, memory.available(), floor)
@@ -150,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         source_binary=args.source_binary or args.patched,
         destination_binary=args.patched, size=wanted,
         accel=args.accel or pick_accelerator(),
-        capabilities=tuple(args.capabilities),
+        mode=MigrateConfig.mode.also(*args.capabilities),
         extra_args=tuple(args.qemu_args), memory_floor=floor)
     probed = probe(patched)
     planned = plan(wanted, min(fitting, wanted), probed)
@@ -163,11 +162,11 @@ def run(args: argparse.Namespace) -> int:
             for part in planned]
     if planned == [MigrateConfig('', '', wanted)] and not args.capabilities:
         todo += [('patched, sparse-ram',
-                  replace(patched, capabilities=('sparse-ram',)))]
+                  replace(patched, mode=patched.mode.also('sparse-ram')))]
     todo += [('stock', replace(patched, source_binary=args.stock,
                                destination_binary=args.stock,
                                size=min(fitting, wanted),
-                               capabilities=()))]
+                               mode=MigrateConfig.mode))]
 
     results = migrate_all(todo)
     if results:

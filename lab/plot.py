@@ -24,13 +24,13 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from lab import UserError, memory
 from lab.base import ROOT
-from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
-                     memory_floor, run_main, say)
+from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
+                     run_main, say)
 from lab.measure import report
 from lab.measure.operation import (MeasureConfig, Migrate, Operation, Session,
                                    Times, measure)
 from lab.memory import GIB, MIB, format_size
-from lab.qemu import import_qemu, pick_accelerator
+from lab.qemu import pick_accelerator
 
 # Not docs/devel, which becomes QEMU's with the series
 DIRECTORY = os.path.join(ROOT, 'docs/results')
@@ -389,9 +389,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f'cannot write to {args.directory}')
     plotter = Plotter(args)
     if not args.draw:
-        memory.require_linux()
-        check_binaries((args.patched, args.stock))
-        import_qemu(args.qemu_python)
+        ready(args)
         plotter.measure_rss()
         plotter.measure_times()
     plotter.draw()

@@ -24,15 +24,15 @@ from typing import Any, List, Optional, Sequence
 
 from lab import memory, modes
 from lab.base import BUILD
-from lab.cli import (add_qemu_arguments, check_binaries, guest_size,
-                     memory_floor, run_main, say)
+from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
+                     run_main, say)
 from lab.guest.linux import Console, Load, lose_writes, prepare
 from lab.measure.operation import Migrate, Session
 from lab.measure.report import mib, rst_table
 from lab.memory import GIB, MIB, format_size
 from lab.migrate import MigrationFailed, clear_capabilities, watched
 from lab.outcome import Unavailable, Wrong
-from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
+from lab.qemu import Guest, GuestError, pick_accelerator
 
 SKIPPED = 77
 
@@ -301,9 +301,7 @@ def show_bite(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """All of it; returns the exit status."""
-    memory.require_linux()
-    check_binaries((args.patched, args.stock))
-    import_qemu(args.qemu_python)
+    ready(args)
     load = Load()
     needed = max(memory_needed(args.size, load), 2 * args.stock_size)
     needed += memory_floor()

@@ -338,7 +338,7 @@ class MeasureConfig:
     capabilities: those of the operation come on top.
     directory: where temporary files may go.
     verify: compare the guests' RAM afterwards; takes long for a lot of data.
-    memory_floor, timeout: as in MigrateConfig.
+    memory_floor, timeout: as in once.MigrateConfig.
     """
     binary: str
     size: int

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from lab import memory
 from lab.base import ROOT
 from lab.memory import MIB, format_size
-from lab.migrate import Pressure, Result
+from lab.measure.once import Pressure, Result
 
 
 def rst_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,7 +51,7 @@ def _rows(name: str, result: Result) -> List[List[str]]:
     return [[name, format_size(result.config.size), f'{side}, {backend}',
              _change(before.allocated, after.allocated),
              _change(before.rss, after.rss),
-             f'{result.total_time:.1f}',
+             f'{result.times.total:.1f}',
              'yes' if result.comparison.identical else 'NO']
             for side, backend, before, after in sides]
 
@@ -87,7 +87,7 @@ def _sentence(name: str, result: Result) -> str:
             f'{format_size(result.config.size)} that had '
             f'{mib(result.source_holds)} MiB of data made {source}'
             f'its destination grow by {mib(growth)} MiB, in '
-            f'{result.total_time:.1f} seconds.')
+            f'{result.times.total:.1f} seconds.')
 
 
 def pressure_table(pressures: Dict[str, Pressure]) -> str:

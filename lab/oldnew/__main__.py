@@ -22,16 +22,16 @@ from functools import partial
 from itertools import islice
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
-from lab import content, host, memory
+from lab import content, host
 from lab.base import BUILD
 from lab.ci.cases import Case, add_arguments, run_cases
-from lab.cli import check_binaries, memory_floor, run_main
+from lab.cli import memory_floor, ready, run_main
 from lab.measure.operation import Migrate, Session
 from lab.memory import MIB, PAGE_SIZE
 from lab.migrate import MigrationFailed, configure, settle, watched
 from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.outcome import Unavailable, Wrong, expect
-from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
+from lab.qemu import Guest, GuestError, pick_accelerator
 from lab.qtest import Qtest
 from lab.ram import KINDS, Extent, Ram, without
 
@@ -373,9 +373,7 @@ def parse_args() -> argparse.Namespace:
 def run() -> int:
     """Returns the exit status."""
     args = parse_args()
-    memory.require_linux()
-    check_binaries((args.patched, args.stock))
-    import_qemu(args.qemu_python)
+    ready(args)
     no_old = args.no_old
     if not no_old and not os.access(args.old, os.X_OK):
         no_old = f"there is no {args.old}: run scripts/get-old-qemu first"

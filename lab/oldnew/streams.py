@@ -27,15 +27,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from lab import content, memory
+from lab import content
 from lab.ci.cases import Case, add_arguments, run_cases
-from lab.cli import check_binaries, memory_floor, run_main
+from lab.cli import memory_floor, ready, run_main
 from lab.measure.operation import wait_until
 from lab.memory import MIB
 from lab.migrate import MigrationFailed, configure, watched
 from lab.modes import MODES, POSTCOPY, PRECOPY, Mode
 from lab.outcome import expect
-from lab.qemu import Guest, import_qemu
+from lab.qemu import Guest
 from lab.ram import KINDS, Ram
 from lab.stream import (Stream, StreamError, difference, first_difference,
                         multifd_difference, without_empty_sections)
@@ -306,9 +306,7 @@ def run() -> int:
         description=(__doc__ or '').split('\n\n', maxsplit=1)[0])
     add_arguments(parser)
     args = parser.parse_args()
-    memory.require_linux()
-    check_binaries((args.patched, args.stock))
-    import_qemu(args.qemu_python)
+    ready(args)
     return run_cases(list(all_cases(args)), args)
 
 

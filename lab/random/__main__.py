@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from lab import cli, host, qemu
+from lab import cli, host
 from lab.memory import MIB, available
 from lab.random.case import PATCHED, STOCK, draw
 from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
@@ -185,8 +185,7 @@ def run() -> int:
         for seed in seeds:
             print(draw(seed))
         return 0
-    cli.check_binaries((args.patched, args.stock))
-    qemu.import_qemu(args.qemu_python)
+    cli.ready(args)
     _setup = Setup({PATCHED: args.patched,
                     STOCK: args.stock},
                    floor=cli.memory_floor(), sabotage=args.sabotage,

@@ -12,7 +12,9 @@ from unittest import mock
 from lab import content, demo, memory, migrate
 from lab.measure import report
 from lab.memory import GIB, MIB, PAGE_SIZE
-from lab.migrate import MigrateConfig, Pressure, Probe, Result, Watchdog
+from lab.measure.once import MigrateConfig, Pressure, Probe, Result
+from lab.measure.operation import Times
+from lab.migrate import Watchdog
 from lab.ram import Sample, flag_extents, merge_extents
 from lab.tests import Memfd, mapped_ram
 
@@ -33,7 +35,7 @@ def result(before, after, source=64 * MIB, differing=0) -> Result:
         source_version='10.0.13', destination_version='10.0.13',
         source_before=sample(source), source_after=sample(source),
         destination_before=sample(before), destination_after=sample(after),
-        total_time=1.0, downtime=0.1, wall_time=1.1, ram={},
+        times=Times(1.0, 1.1),
         comparison=content.Comparison(
             source, source, differing, PAGE_SIZE if differing else None))
 
