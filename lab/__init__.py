@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measuring what a migration does to guest RAM that has holes.
+"""The programs that measure and test what migration does to guest RAM with holes.
 
-base       which QEMU series this is about, and where it lies
-guest      starts and stops a QEMU, and talks to it
-cgroup     a limit to the memory of a guest's process
-host       what else the kernel lets a program have
-memory     what the kernel says about guest RAM, without ever populating it
-blocks     the RAM blocks of any QEMU, one by one: content and pages
-migrate    one migration from start to end: migrate_once(config) -> Result
-report     its results as text
-ping       how long a monitor keeps silent
-operation  anything that reads all of guest RAM: measure() -> Measurement
-rows       what the benchmark measures, and its targets
-summary    its measurements as medians, tables and verdicts
-program    programs as modules, for tests
-cli        what the scripts' command lines have in common
+Run from the top of the project as "python3 -m lab.NAME", by make, or from anywhere as
+"scripts/lab NAME"; --help says what each of them does.
+
+demo, bench, plot     show, measure and draw it
+fuzz                  damaged streams
+faults                migrations that fail
+random                migrations that are drawn from a seed
+oldnew                migrations to and from other QEMUs; their streams
+guest                 Linux, migrated back and forth
+run_tests, ci         all test suites, and what they stand on
+tests                 of all this, for unittest
+
+What these share:
+
+modes       the ways to migrate
+qemu        a QEMU process: starts, stops it, talks to it
+ram         the kinds of guest RAM, and that of a running QEMU, without populating it
+content     what guest RAM holds: written, filled, compared
+migrate     configuring a migration, waiting for it, and ending it in time
+measure     anything that reads all of guest RAM, measured
+stream      what is in a migration stream
+qtest       reads and writes memory as a guest would
+outcome     what became of a test
+base        the QEMU series, and where it lies
+cgroup, host, memory    what this machine has
+cli, terminal           what command lines and output have in common
 """
 
 

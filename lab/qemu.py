@@ -40,7 +40,7 @@ _qmp: Optional[ModuleType] = None
 
 def import_qemu(path: str) -> None:
     """Import qemu.machine from a QEMU source tree's python directory."""
-    global _machine, _qmp       # pylint: disable=global-statement
+    global _machine, _qmp
     if not os.path.isfile(os.path.join(path, 'qemu/machine/machine.py')):
         raise UserError(f"there is no qemu/machine in {path}: run 'make qemu' "
                         "first, or name the python directory of a QEMU "
@@ -116,7 +116,6 @@ class Qemu:
 
     def __enter__(self: _T) -> _T:
         assert _machine, 'import_qemu() was not called'
-        # pylint: disable=consider-using-with
         self._directory = tempfile.TemporaryDirectory(prefix='sparse-ram-')
         try:
             self._start()

@@ -849,7 +849,7 @@ def main() -> int:
         print(f'== {name}', flush=True)
         try:
             suites[name](report)
-        except Exception as error:      # pylint: disable=broad-except
+        except Exception as error:
             # Whatever it is, what has been run is still to be summed up.
             traceback.print_exc(file=sys.stdout)
             report.add(name, Outcome('suite', FAILED, repr(error)))

@@ -55,7 +55,7 @@ def run_cases(cases: Sequence[Case], args: argparse.Namespace) -> int:
             case.run()
         except Unavailable as err:
             outcome = Outcome(case.name, SKIPPED, str(err))
-        except Exception as err:    # pylint: disable=broad-except
+        except Exception as err:
             failures += 1
             details = traceback.format_exc()
             outcome = Outcome(case.name, FAILED, str(err) or repr(err))

@@ -41,6 +41,7 @@ _FIXED_HANG_SECONDS = 10.0
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
+        prog='python3 -m lab.faults',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()

@@ -17,7 +17,6 @@ _LENGTH = 16            # bytes of an access
 
 
 class _Iovec(ctypes.Structure):
-    # pylint: disable=too-few-public-methods
     _fields_ = [('base', ctypes.c_void_p), ('length', ctypes.c_size_t)]
 
 

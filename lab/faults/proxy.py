@@ -217,7 +217,7 @@ class Proxy:
                 if held and time.monotonic() - held > _HOLD_SECONDS:
                     self._go_on()
                 self._handle_stops()
-        except BaseException as err:    # pylint: disable=broad-except
+        except BaseException as err:
             self.error = err
 
     def _go_on(self) -> None:

@@ -115,7 +115,6 @@ class Side(Guest):
 
     def said(self) -> str:
         """What it has said so far."""
-        # pylint: disable=protected-access
         try:
             with open(self._vm._qemu_log_path, encoding='utf-8',
                       errors='replace') as log:

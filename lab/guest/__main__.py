@@ -110,7 +110,7 @@ def hops_table(hops: Sequence[Hop]) -> str:
           mib(hop.destination), f'{hop.seconds:.1f}'] for hop in hops])
 
 
-class Traveller:        # pylint: disable=too-many-instance-attributes
+class Traveller:
     """A guest that moves from QEMU to QEMU.  A context manager."""
 
     def __init__(self, binary: str, size: int, args: argparse.Namespace,
@@ -220,7 +220,8 @@ def _remove(path: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n', 1)[0])
+    parser = argparse.ArgumentParser(
+        prog='python3 -m lab.guest', description=__doc__.split('\n\n', 1)[0])
     add_qemu_arguments(parser)
     parser.add_argument('--size', type=guest_size, default=64 * GIB,
                         help='guest RAM for the patched QEMU (default 64G)')

@@ -360,6 +360,7 @@ def all_cases(rig: Rig) -> Iterator[Case]:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
+        prog='python3 -m lab.oldnew',
         description=(__doc__ or '').split('\n\n', maxsplit=1)[0])
     add_arguments(parser)
     parser.add_argument('--old', metavar='FILE',

@@ -42,6 +42,7 @@ def _run_seed(seed: int) -> Tuple[int, Outcome]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
+        prog='python3 -m lab.random',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seed', type=int, metavar='N',
@@ -178,7 +179,7 @@ def _say(text: str) -> None:
 
 def run() -> int:
     """Run what is named on the command line."""
-    global _setup       # pylint: disable=global-statement
+    global _setup
     args = parse_arguments()
     seeds = seeds_of(args)
     if args.list:

@@ -121,7 +121,6 @@ class Case:
     switch: postcopy starts this many milliseconds after the migration; None:
     never
     """
-    # pylint: disable=too-many-instance-attributes
     seed: int
     mode: str
     transport: str

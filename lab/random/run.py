@@ -135,8 +135,6 @@ def _thp(enabled: bool) -> Iterator[None]:
 class Machine:
     """One side of a case: the QEMU, its blocks, and what they have to hold."""
 
-    # pylint: disable=too-many-instance-attributes
-
     def __init__(self, name: str, case: Case, side: Side, setup: Setup,
                  directory: str):
         self.name = name

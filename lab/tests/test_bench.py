@@ -195,7 +195,7 @@ class Dirty(unittest.TestCase):
 class Events(unittest.TestCase):
     def test_when_it_got_into_each_state(self):
         guest = Guest.__new__(Guest)
-        guest._vm = mock.Mock()         # pylint: disable=protected-access
+        guest._vm = mock.Mock()
         guest._vm.get_qmp_events.return_value = [
             {'event': 'STOP', 'timestamp': {'seconds': 1, 'microseconds': 2}},
             {'event': 'MIGRATION', 'data': {'status': 'device'},

@@ -10,7 +10,6 @@ import unittest
 from unittest import mock
 
 
-# pylint: disable=protected-access
 from lab import cgroup
 from lab.cgroup import Cgroup
 from lab.outcome import Unavailable

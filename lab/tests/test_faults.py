@@ -10,7 +10,6 @@ import unittest
 from unittest import mock
 
 
-# pylint: disable=protected-access
 from lab.base import ROOT
 from lab.faults import cases, failcalls, known, live, peek, proxy, verdict
 from lab.faults.attempt import Ending

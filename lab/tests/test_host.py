@@ -9,7 +9,6 @@ import unittest
 from unittest import mock
 
 
-# pylint: disable=protected-access
 from lab import host
 from lab.outcome import Unavailable
 from lab.memory import MIB, PAGE_SIZE

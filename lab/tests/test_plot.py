@@ -9,7 +9,6 @@ import zlib
 from unittest import mock
 
 
-# pylint: disable=protected-access
 from lab import UserError, plot
 from lab.memory import GIB, MIB
 

@@ -65,7 +65,6 @@ class Lines(unittest.TestCase):
     def test_console(self):
         with tempfile.TemporaryDirectory() as directory:
             console = linux.Console(os.path.join(directory, 'log'))
-            # pylint: disable=protected-access
             console._add(LINE)
             self.assertEqual(len(console.reports()), 1)
             self.assertIsNone(console.trouble())
