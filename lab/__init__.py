@@ -22,11 +22,11 @@ content     what guest RAM holds: written, filled, compared
 migrate     configuring a migration, waiting for it, and ending it in time
 measure     anything that reads all of guest RAM, measured
 stream      what is in a migration stream
-qtest       reads and writes memory as a guest would
 outcome     what became of a test
 base        the QEMU series, and where it lies
 cgroup, host, memory    what this machine has
 cli, terminal           what command lines and output have in common
+qtest_client            reads and writes memory as a guest would
 """
 
 

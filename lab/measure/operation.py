@@ -21,7 +21,7 @@ from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
                          configure, listen, watched, why_failed)
 from lab.modes import PRECOPY, Mode
 from lab.qemu import Guest
-from lab.qtest import Qtest
+from lab.qtest_client import Qtest
 from lab.ram import KINDS, Ram, Sample, reset_rss_peak
 
 # Seconds between two looks at how far it is

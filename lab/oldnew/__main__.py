@@ -32,7 +32,7 @@ from lab.migrate import MigrationFailed, configure, settle, watched
 from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.outcome import Unavailable, Wrong, expect
 from lab.qemu import Guest, GuestError, pick_accelerator
-from lab.qtest import Qtest
+from lab.qtest_client import Qtest
 from lab.ram import KINDS, Extent, Ram, without
 
 SIZE = 128 * MIB

@@ -20,7 +20,7 @@ from lab.migrate import MigrationFailed, configure, listen, watched
 from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
 from lab.qemu import GuestError, Qemu
-from lab.qtest import Qtest
+from lab.qtest_client import Qtest
 from lab.ram import Ram, Writer, find_blocks
 from lab.random.case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case,
                              Side, policy, source_reads)

@@ -12,7 +12,7 @@ from typing import Iterable, List, Tuple
 from lab.guest import writer
 from lab.outcome import Wrong
 from lab.qemu import Qemu
-from lab.qtest import Qtest
+from lab.qtest_client import Qtest
 from lab.ram import Ram
 from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel
 
