@@ -346,6 +346,10 @@ class _Draw:
         # Else QEMU has pages of its own before there is something in the file
         too_late = ((prealloc or locked) and not backend.shared
                     and backend.directory is None)
+        if backend.fs == 'other' and not backend.shared:
+            # QEMU writes nothing to it before a migration, so an empty file is
+            # zero: ram_block_is_pristine()
+            in_process = False
         return BlockSide(
             backend=name,
             prealloc=prealloc,
