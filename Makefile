@@ -9,7 +9,7 @@
 MAKEFLAGS += --no-print-directory
 
 # Binaries that the tests need besides QEMU itself.
-test_binaries = tests/qtest/migration-test \
+test_binaries = tests/qtest/migration-test tests/qtest/sparse-lab-test \
                 $(patsubst %.c,%,$(wildcard tests/unit/test-*.c))
 
 PYTHON ?= /usr/bin/python3
@@ -170,13 +170,13 @@ port: source ## Carry patches/ over to another base, in build/BASE/edit: BASE=NE
 	@scripts/port-series
 
 .PHONY: series
-series: source ## Write the series as complete patches for git am: build/series/
-	@scripts/format-series $(FORMAT_PATCH)
+series: source ## Write a topic, or all, as patches to mail: build/series/ (TOPIC=core)
+	@scripts/format-series $(TOPIC)
 
 .PHONY: check-series
-check-series: test-binaries ## Build and test each step of the series (hours; STEPS=5-9 QUICK=1)
+check-series: test-binaries ## Build and test each step of the series (hours; TOPIC=core STEPS=5-9 QUICK=1)
 	@scripts/series-tree
-	@$(PYTHON) -m lab.ci.check_series $(if $(QUICK),--quick) $(STEPS)
+	@$(PYTHON) -m lab.ci.check_series $(if $(QUICK),--quick) $(if $(TOPIC),--topic $(TOPIC)) $(STEPS)
 
 .PHONY: dsc
 dsc: deps ## Put the series into Debian's source package: build/BASE/dsc/

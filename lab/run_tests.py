@@ -215,8 +215,12 @@ def open_log(suite: str, name: str) -> TextIO:
     return open(os.path.join(directory, f'{name}.log'), 'w', encoding='utf-8')
 
 
+# QEMU's own program, with those of our tests that are mailed, and ours
+TEST_PROGRAMS = ('./tests/qtest/migration-test', './tests/qtest/sparse-lab-test')
+
+
 class MigrationTest:
-    """QEMU's migration-test program of a build, with some QEMU."""
+    """The migration test programs of a build, with some QEMU."""
 
     def __init__(self, qemu: str, accelerator: Optional[Accelerator],
                  report: Optional[Report] = None,
@@ -229,7 +233,8 @@ class MigrationTest:
         prefix = accelerator.prefix if accelerator else []
         self.progress = report.progress if report else lambda name: None
         self.build = build
-        self.command = [*prefix, './tests/qtest/migration-test', *options]
+        self.prefix, self.options = prefix, options
+        self.program_of: Dict[str, str] = {}
         self.env = dict(os.environ, QTEST_QEMU_BINARY=qemu,
                         PYTHON=sys.executable, G_TEST_DBUS_DAEMON='',
                         **(extra or {}))
@@ -239,17 +244,24 @@ class MigrationTest:
 
     def list(self) -> List[str]:
         """The paths of all tests of the set that the options choose."""
-        result = subprocess.run([*self.command, '-l'], cwd=self.build,
-                                env=self.env, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT,
-                                text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(
-                f'migration-test -l: {tap.ending(result.returncode)}: '
-                + result.stdout.strip().rpartition('\n')[2])
-        return [line.split()[0] for line in result.stdout.splitlines()
-                if line.startswith('/')]
+        for program in TEST_PROGRAMS:
+            # A step of the series need not have ours.
+            if not os.path.exists(os.path.join(self.build, program)):
+                continue
+            result = subprocess.run([*self.prefix, program, *self.options, '-l'],
+                                    cwd=self.build, env=self.env,
+                                    stdin=subprocess.DEVNULL,
+                                    stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT,
+                                    text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(
+                    f'{program} -l: {tap.ending(result.returncode)}: '
+                    + result.stdout.strip().rpartition('\n')[2])
+            for line in result.stdout.splitlines():
+                if line.startswith('/'):
+                    self.program_of[line.split()[0]] = program
+        return list(self.program_of)
 
     def _run_chunk(self, suite: str, paths: List[str],
                    add: Callable[[Outcome], None]) -> None:
@@ -262,7 +274,9 @@ class MigrationTest:
                  tempfile.TemporaryDirectory(
                      prefix='sparse-ram-',
                      ignore_cleanup_errors=True) as directory:
-                outcomes = tap.run([*self.command, '--tap', '-k', *select],
+                program = self.program_of[paths[0]]
+                outcomes = tap.run([*self.prefix, program, *self.options,
+                                    '--tap', '-k', *select],
                                    log, GTEST_TIMEOUT, expected=paths,
                                    cwd=self.build,
                                    env=dict(self.env, TMPDIR=directory),
@@ -291,7 +305,12 @@ class MigrationTest:
         """Runs the tests side by side; @add is called for each."""
         jobs = job_count()
         size = max(1, len(paths) // (jobs * chunks_per_job))
-        chunks = [paths[at:at + size] for at in range(0, len(paths), size)]
+        if not self.program_of:
+            self.list()
+        chunks = []
+        for program in TEST_PROGRAMS:
+            own = [path for path in paths if self.program_of[path] == program]
+            chunks += [own[at:at + size] for at in range(0, len(own), size)]
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(self._run_chunk, suite, chunk, add)
                        for chunk in chunks]
@@ -618,7 +637,7 @@ def old_new_long(report: Report) -> None:
 NOT_SANITIZED = {
     '*/pressure/*': 'a sanitizer takes more memory than it leaves',
     '*/cpr/*': 'a sanitizer changes how much memory QEMU takes',
-    '*/memfd/idle/*': 'a sanitizer changes how much memory QEMU takes',
+    '*/memfd/idle*': 'a sanitizer changes how much memory QEMU takes',
     '*/ram/idle*': 'a sanitizer changes how much memory QEMU takes',
     '*/mem-lock/*': 'with a sanitizer, mlockall() does nothing'}
 
@@ -794,7 +813,7 @@ def style(report: Report) -> None:
     series = os.path.join(ROOT, 'patches/series')
 
     check('SPDX-License-Identifier', ', '.join(
-        shown(path) for path in [*code, *tools, series]
+        shown(path) for path in [*code, *tools, *files_below('lab'), series]
         if b'SPDX-License-Identifier: GPL-2.0-or-later'
         not in open(path, 'rb').read(2000)))
     # MAINTAINERS is told of new files where the series goes upstream.

@@ -33,112 +33,52 @@ typedef struct AbsentPages {
     uint64_t done;
 } AbsentPages;
 
-/* The functions below work on a @range of the file that is behind the block. */
-
-/* Make those pages zero of which any part is in the range */
-static void zero_absent(AbsentPages *pages, const SparseRange *range)
+/* Let the main loop run when so much has been looked at */
+static void count_bytes(AbsentPages *pages, uint64_t bytes)
 {
-    RAMBlock *rb = pages->rb;
+    pages->done += bytes;
+    if (pages->done >= SLICE_MAX) {
+        pages->done = 0;
+        ram_load_yield();
+    }
+}
+
+/* Make those pages zero of which any part is in a part of the block */
+static void zero_absent(AbsentPages *pages, ram_addr_t offset, uint64_t length)
+{
     uint64_t size = qemu_target_page_size();
-    uint64_t start = range->start - rb->fd_offset;
-    uint64_t end = range->end - rb->fd_offset;
-    uint64_t last = MIN(DIV_ROUND_UP(end, size), pages->npages);
-    uint64_t page = find_next_zero_bit(pages->present, last, start / size);
+    uint64_t last = MIN(DIV_ROUND_UP(offset + length, size), pages->npages);
+    uint64_t page = find_next_zero_bit(pages->present, last, offset / size);
 
     while (page < last) {
         uint64_t slice = MIN(last, page + SLICE_MAX / size);
         uint64_t next = find_next_bit(pages->present, slice, page);
 
-        ram_handle_zero(rb, page * size, (next - page) * size);
-        pages->done += (next - page) * size;
-        if (pages->done >= SLICE_MAX) {
-            pages->done = 0;
-            ram_load_yield();
-        }
+        ram_handle_zero(pages->rb, page * size, (next - page) * size);
+        count_bytes(pages, (next - page) * size);
         page = find_next_zero_bit(pages->present, last, next);
     }
 }
 
-/*
- * The huge pages of the file that are allocated, from the start of the block,
- * or NULL if that is not known.  What another process has allocated is not in
- * our page tables; if there is nothing of that kind, the file has as many huge
- * pages as we have.
- */
-static unsigned long *find_huge_pages(const RAMBlock *rb, uint64_t *count)
-{
-    g_autofree unsigned long *mapped = NULL;
-    int64_t bytes = 0;
-
-    *count = DIV_ROUND_UP(rb->used_length, rb->page_size);
-    mapped = bitmap_new(*count);
-    for (uint64_t i = 0; i < *count; i++) {
-        if (ram_huge_page_is_mapped(rb, i * rb->page_size)) {
-            set_bit(i, mapped);
-            bytes += rb->page_size;
-        }
-    }
-    if (sparse_file_allocated(rb->fd) != bytes) {
-        return NULL;
-    }
-    return g_steal_pointer(&mapped);
-}
-
-static void zero_absent_hugetlb(AbsentPages *pages,
-                                const SparseRange *range)
+/* Whether a part begins with a hole, and for how long, if that is cheap to ask */
+static bool is_hole(AbsentPages *pages, ram_addr_t offset, uint64_t length,
+                    uint64_t *extent)
 {
     RAMBlock *rb = pages->rb;
-    uint64_t count;
-    g_autofree unsigned long *huge_pages = find_huge_pages(rb, &count);
 
-    if (!huge_pages) {
-        zero_absent(pages, range);
-        return;
-    }
-    for (uint64_t i = find_first_bit(huge_pages, count); i < count;
-         i = find_next_bit(huge_pages, count, i + 1)) {
-        SparseRange huge = {
-            .start = rb->fd_offset + i * rb->page_size,
-            .end = rb->fd_offset + (i + 1) * rb->page_size,
-        };
-
-        if (sparse_range_overlaps(&huge, range)) {
-            huge.start = MAX(huge.start, range->start);
-            huge.end = MIN(huge.end, range->end);
-            zero_absent(pages, &huge);
-        }
-    }
-}
-
-/* What there is in a range that may be something else than zero */
-static void next_populated(RAMBlock *rb, const SparseRange *range,
-                           SparseRange *populated)
-{
-    int ret;
-
-    if (ram_block_holes_known(rb)) {
-        SparseRange within = *range;
-        uint64_t end;
-
-        within.end = MIN(within.end, within.start + ASK_MAX);
-        *populated = within;
-        ret = sparse_file_next_extent(rb->fd, &within, &end);
-        if (ret < 0) {
-            ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
-            return;
-        } else if (ret) {
-            populated->end = end;
-        } else {
-            populated->start = populated->end = end;
-        }
-    } else if (ram_block_is_private_known(rb) &&
-               rb->holes->private_memory == RAM_PRIVATE_ANONYMOUS) {
-        ret = ram_next_populated_private(rb, range, populated);
-    } else {
-        ret = -ENOTSUP;
-    }
-    if (ret < 0) {
-        *populated = *range;
+    switch (rb->holes->kind) {
+    case RAM_HOLES_HUGETLB:
+        /* This may read a huge page from the file */
+        count_bytes(pages, rb->page_size);
+        /* fall through */
+    case RAM_HOLES_SHMEM:
+    case RAM_HOLES_PRIVATE_ANONYMOUS:
+        return ram_block_extent_raw(rb, offset, MIN(length, ASK_MAX),
+                                    extent) == 0;
+    default:
+        /* ram_handle_zero() asks, if anything can be asked */
+        *extent = length;
+        return false;
     }
 }
 
@@ -151,32 +91,20 @@ void ram_zero_absent_pages(RAMBlock *rb, const unsigned long *present,
         .present = present,
         .npages = MIN(npages, rb->used_length / size),
     };
-    SparseRange todo = {
-        .start = rb->fd_offset,
-        .end = rb->fd_offset + pages.npages * size,
-    };
+    uint64_t offset = 0, length = pages.npages * size, extent;
 
     if (!migrate_ram_holes() || migrate_ram_is_ignored(rb) ||
         ram_block_is_pristine(rb)) {
         return;
     }
     /*
-     * Of virtio-mem it is not known yet what is plugged, because that comes
-     * later in the file, with x-early-migration as well.  It discards the rest
-     * when it has been loaded.
+     * The plugged ranges of virtio-mem are not known yet: they come later in the
+     * file, with x-early-migration as well.  It discards the rest when it has
+     * been loaded.
      */
-    if (ram_block_holes_known(rb) &&
-        rb->holes->type == QEMU_FS_TYPE_HUGETLBFS) {
-        zero_absent_hugetlb(&pages, &todo);
-        return;
-    }
-    while (!sparse_range_is_empty(&todo)) {
-        SparseRange populated;
-
-        next_populated(rb, &todo, &populated);
-        if (!sparse_range_is_empty(&populated)) {
-            zero_absent(&pages, &populated);
+    for (; length; offset += extent, length -= extent) {
+        if (!is_hole(&pages, offset, length, &extent)) {
+            zero_absent(&pages, offset, extent);
         }
-        todo.start = populated.end;
     }
 }

@@ -1,7 +1,7 @@
 /*
  * Holes in guest RAM: zero pages while postcopy is active
  *
- * To place a zero page with userfaultfd allocates it if the memory is shared.
+ * Placing a zero page with userfaultfd allocates it if the memory is shared.
  * So a zero page that nobody waits for is only marked as received.  A fault on
  * it, should there ever be one, is answered without asking the source; and once
  * userfaultfd is unregistered, it is nothing but a hole.
@@ -15,6 +15,9 @@
 
 #include "qemu/osdep.h"
 #include "exec/target_page.h"
+#include "migration/misc.h"
+#include "qemu/atomic.h"
+#include "qemu/bitmap.h"
 #include "qemu/error-report.h"
 #ifdef CONFIG_LINUX
 #include <sys/ioctl.h>
@@ -28,6 +31,47 @@
 #include "ram-holes.h"
 #include "trace.h"
 
+/* How many pages are looked at in one go, so that no question takes long */
+#define ARRIVED_MAX 32768
+
+/*
+ * While userfaultfd is registered, a page that has not arrived looks like a
+ * hole, although the source may have data for it; reading it waits for it.
+ * Before that, a page that was discarded reads as zero, and reading it would
+ * put a page there that postcopy cannot replace.  After that, all pages have
+ * arrived.
+ *
+ * A page is marked when it has been placed, or when a zero page has been left a
+ * hole.  So the mark has to be looked at before the file: a page that is marked
+ * is what the file says, while one that arrives in between is called data.
+ */
+bool postcopy_has_arrived(const RAMBlock *rb, uint64_t offset,
+                          uint64_t length, uint64_t *extent)
+{
+    PostcopyState state = postcopy_state_get();
+    const unsigned long *received = qatomic_rcu_read(&rb->receivedmap);
+    unsigned long page = offset >> qemu_target_page_bits();
+    unsigned long last = MIN(DIV_ROUND_UP(offset + length,
+                                          qemu_target_page_size()),
+                             page + ARRIVED_MAX);
+    unsigned long next;
+    bool arrived;
+
+    *extent = length;
+    if ((state != POSTCOPY_INCOMING_LISTENING &&
+         state != POSTCOPY_INCOMING_RUNNING) || !received) {
+        return true;
+    }
+    arrived = test_bit(page, received);
+    next = arrived ? find_next_zero_bit(received, last, page)
+                   : find_next_bit(received, last, page);
+    *extent = MIN(length,
+                  ((uint64_t)next << qemu_target_page_bits()) - offset);
+    /* Pairs with the atomic operations of ramblock_recv_bitmap_set_range() */
+    smp_rmb();
+    return arrived;
+}
+
 /*
  * Ask before it is left alone.  Memory was punched when postcopy was announced,
  * so that a page that has not been received should be a hole.  If it is not, to
@@ -38,13 +82,15 @@
  */
 static uint64_t hole_length(RAMBlock *rb, ram_addr_t offset, uint64_t length)
 {
-    uint64_t limit = offset + length, next = offset, end;
+    uint64_t done = 0, extent;
 
-    /* The page has not arrived for the others: it does here */
-    while (next < limit && ram_next_extent_raw(rb, next, limit, &end)) {
-        next = end;
+    /* For other readers, the page has not arrived yet */
+    while (done < length &&
+           ram_block_extent_raw(rb, offset + done, length - done,
+                                &extent) == 0) {
+        done += extent;
     }
-    return QEMU_ALIGN_DOWN(next - offset, qemu_ram_pagesize(rb));
+    return QEMU_ALIGN_DOWN(done, qemu_ram_pagesize(rb));
 }
 
 static int place_zero(MigrationIncomingState *mis, RAMBlock *rb,
@@ -168,7 +214,7 @@ int ram_handle_zero_fault(MigrationIncomingState *mis, RAMBlock *rb,
     int ret;
 
     /* Even if nothing is known any more, because the kernel has refused */
-    if (!rb->holes || rb->holes->type == QEMU_FS_TYPE_UNKNOWN) {
+    if (!ram_block_holes_known(rb)) {
         return 0;
     }
     do {
@@ -209,8 +255,8 @@ void ram_block_holes_prepare_postcopy(RAMBlock *rb)
 {
     int ret;
 
-    if (!ram_block_holes_known(rb) || (rb->flags & RAM_NORESERVE) ||
-        rb->holes->type != QEMU_FS_TYPE_HUGETLBFS) {
+    if (ram_block_holes_kind(rb) != RAM_HOLES_HUGETLB ||
+        (rb->flags & RAM_NORESERVE)) {
         return;
     }
     ret = reserve_huge_pages(rb);

@@ -1,8 +1,11 @@
 /*
- * Holes in guest RAM: the policy
+ * Holes in guest RAM: the policy, and zero pages on the destination
  *
- * This is the one place that knows of which blocks the holes can be told, and
- * which blocks may be punched.
+ * What arrives as zero is left alone where the kernel says that there is a
+ * hole.  That it arrives for the first time proves nothing: the backend may be
+ * a file with data of an earlier guest in it.
+ *
+ * This is the one place that knows which blocks may be punched.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -12,19 +15,42 @@
 #include <linux/magic.h>
 #include <sys/vfs.h>
 #endif
+#include "exec/target_page.h"
 #include "hw/virtio/vhost.h"
-#include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/atomic.h"
-#include "qemu/error-report.h"
+#include "qemu/cutils.h"
+#include "qemu/madvise.h"
+#include "qemu/populated-memory.h"
 #include "system/hostmem.h"
 #include "system/memory.h"
 #include "system/runstate.h"
 #include "system/system.h"
+#include "migration.h"
 #include "options.h"
 #include "ram.h"
 #include "ram-holes.h"
+#include "trace.h"
+
+/*
+ * Asking about fewer target pages than this takes longer than reading them
+ * may: a system call takes as long as a page fault or a few.
+ */
+#define PRIVATE_ASK_MIN 32
+
+/*
+ * The most bytes that are gathered of private memory, and of files that are
+ * read.  That takes some hundred microseconds; the source may have to wait.
+ */
+#define PRIVATE_RUN_MAX (2 * MiB)
+
+/* The most bytes of a file that are read at once */
+#define FILE_READ_MAX (64 * KiB)
+
+#define ACTION_HOLE     "hole"
+#define ACTION_PUNCHED  "punched"
+#define ACTION_CLEARED  "cleared"
 
 static Object *ram_block_backend(const RAMBlock *rb)
 {
@@ -34,41 +60,18 @@ static Object *ram_block_backend(const RAMBlock *rb)
 }
 
 /*
- * virtio-mem decides what is populated, and has a prealloc=on of its own.  Of
- * another RamDiscardManager nothing is known.
- */
-static bool discard_manager_keeps_populated(const RAMBlock *rb)
-{
-    RamDiscardManager *rdm =
-        rb->mr ? memory_region_get_ram_discard_manager(rb->mr) : NULL;
-    Object *vmem = rdm ? object_dynamic_cast(OBJECT(rdm), TYPE_VIRTIO_MEM)
-                       : NULL;
-
-    return vmem ? VIRTIO_MEM(vmem)->prealloc : rdm != NULL;
-}
-
-/*
  * Whether the user wants the memory of @rb to be allocated at all times.
  * RAM_PREALLOC does not tell: it means that the caller supplied the pointer.
  */
 static bool ram_block_keep_populated(const RAMBlock *rb)
 {
     Object *backend = ram_block_backend(rb);
+    RamDiscardManager *rdm =
+        rb->mr ? memory_region_get_ram_discard_manager(rb->mr) : NULL;
 
-    if (backend && MEMORY_BACKEND(backend)->prealloc) {
-        return true;
-    }
-    if (discard_manager_keeps_populated(rb)) {
-        return true;
-    }
-    return should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state);
-}
-
-/* Which kind of sparse file is behind @rb, if any */
-static QemuFsType ram_block_fs(const RAMBlock *rb)
-{
-    return sparse_file_is_regular(rb->fd) ? qemu_fd_getfs(rb->fd)
-                                          : QEMU_FS_TYPE_UNKNOWN;
+    return (backend && MEMORY_BACKEND(backend)->prealloc) ||
+           (rdm && ram_discard_manager_keeps_populated(rdm)) ||
+           (should_mlock(mlock_state) && !is_mlock_on_fault(mlock_state));
 }
 
 /* Whether QEMU itself created the memory, and nobody else has a name for it */
@@ -91,66 +94,6 @@ static bool ram_block_is_own(const RAMBlock *rb)
 
 #ifdef CONFIG_LINUX
 /*
- * RAM_PREALLOC means that the caller supplied the pointer, which may map
- * anything.
- */
-static RAMPrivateMemory find_private_memory(const RAMBlock *rb)
-{
-    if (rb->flags & RAM_PREALLOC) {
-        return RAM_PRIVATE_UNKNOWN;
-    }
-    if (rb->fd < 0) {
-        return RAM_PRIVATE_ANONYMOUS;
-    }
-    switch (ram_block_fs(rb)) {
-    case QEMU_FS_TYPE_TMPFS:
-        return RAM_PRIVATE_TMPFS;
-    case QEMU_FS_TYPE_HUGETLBFS:
-        return RAM_PRIVATE_HUGETLB;
-    default:
-        return RAM_PRIVATE_UNKNOWN;
-    }
-}
-#endif
-
-void ram_block_holes_init(RAMBlockHoles *holes, const RAMBlock *rb)
-{
-    *holes = (RAMBlockHoles) {
-        .type = QEMU_FS_TYPE_UNKNOWN,
-        .keep_populated = ram_block_keep_populated(rb),
-        .disposable = ram_block_is_own(rb) ||
-                      sparse_file_allocated(rb->fd) == 0,
-    };
-
-    if (!migrate_ram_holes()) {
-        return;
-    }
-#ifdef CONFIG_LINUX
-    /*
-     * A private mapping has pages of its own, about which the file knows
-     * nothing.
-     */
-    if (!(rb->flags & RAM_SHARED)) {
-        holes->private_memory = find_private_memory(rb);
-        return;
-    }
-    if (rb->fd < 0) {
-        /* MADV_REMOVE refuses locked memory, even if locked on fault only */
-        holes->shared_anonymous = !(rb->flags & RAM_PREALLOC) &&
-                                  !should_mlock(mlock_state);
-        return;
-    }
-    holes->type = ram_block_fs(rb);
-    holes->other_file = holes->type == QEMU_FS_TYPE_UNKNOWN &&
-                        sparse_file_is_regular(rb->fd);
-    if (holes->type == QEMU_FS_TYPE_TMPFS) {
-        holes->thp_size = sparse_file_thp_size(rb->fd);
-    }
-#endif
-}
-
-#ifdef CONFIG_LINUX
-/*
  * Some file systems report no blocks for whatever is in a file, and others say
  * that all of it is data; ramfs is one of these, but counts its blocks.
  */
@@ -169,19 +112,26 @@ static bool file_is_empty(int fd)
 /* Whether the kernel tells what is populated, and so much is not */
 static bool can_ask(const RAMBlock *rb)
 {
-    const SparseRange first = {
-        .start = rb->fd_offset,
-        .end = rb->fd_offset + qemu_real_host_page_size(),
+    SparseRange first = {
+        .start = (uintptr_t)rb->host,
+        .end = (uintptr_t)rb->host + qemu_real_host_page_size(),
     };
     SparseRange populated;
 
     if (rb->holes->keep_populated) {
         return false;
     }
-    return ram_block_holes_known(rb) ||
-           rb->holes->private_memory == RAM_PRIVATE_HUGETLB ||
-           (ram_block_is_private_known(rb) &&
-            ram_next_populated_private(rb, &first, &populated) == 0);
+    switch (rb->holes->kind) {
+    case RAM_HOLES_SHMEM:
+    case RAM_HOLES_HUGETLB:
+    case RAM_HOLES_PRIVATE_HUGETLB:
+        return true;
+    case RAM_HOLES_PRIVATE_ANONYMOUS:
+    case RAM_HOLES_PRIVATE_SHMEM:
+        return populated_memory_next(&first, &populated) == 0;
+    default:
+        return false;
+    }
 }
 
 /*
@@ -213,18 +163,24 @@ bool ram_block_is_pristine(const RAMBlock *rb)
            !migrate_postcopy_ram();
 }
 
-void ram_block_holes_setup(RAMBlock *rb)
+void ram_holes_setup_block(RAMBlock *rb)
 {
     RAMBlockHoles *holes;
 
-    if (qatomic_read(&rb->holes)) {
-        return;
-    }
-    holes = g_new(RAMBlockHoles, 1);
-    ram_block_holes_init(holes, rb);
-    if (qatomic_cmpxchg(&rb->holes, NULL, holes)) {
-        g_free(holes);
-    }
+    ram_block_holes_setup(rb);
+    /*
+     * What can have changed since an earlier migration.  The rest is never
+     * written again, because other threads may be looking at it.
+     */
+    holes = rb->holes;
+    holes->keep_populated = ram_block_keep_populated(rb);
+    holes->disposable = ram_block_is_own(rb) ||
+                        sparse_file_allocated(rb->fd) == 0;
+    holes->pristine = find_pristine(rb);
+    holes->used = true;
+    holes->thp_size = holes->kind == RAM_HOLES_SHMEM
+                      ? sparse_file_thp_size(rb->fd) : 0;
+    qatomic_set(&holes->failed, 0);
 }
 
 void ram_holes_setup(void)
@@ -232,37 +188,8 @@ void ram_holes_setup(void)
     RAMBlock *rb;
 
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        RAMBlockHoles now;
-
-        ram_block_holes_setup(rb);
-        ram_block_holes_init(&now, rb);
-        /*
-         * What can have changed since an earlier migration.  The rest is never
-         * written again, because other threads may be looking at it.
-         */
-        rb->holes->keep_populated = now.keep_populated;
-        rb->holes->disposable = now.disposable;
-        rb->holes->pristine = find_pristine(rb);
-        rb->holes->used = true;
-        rb->holes->thp_size = now.thp_size;
-        qatomic_set(&rb->holes->failed, 0);
+        ram_holes_setup_block(rb);
     }
-}
-
-bool ram_huge_page_is_mapped(const RAMBlock *rb, ram_addr_t offset)
-{
-#ifdef CONFIG_LINUX
-    unsigned char resident;
-
-    /*
-     * For hugetlbfs, mincore() looks at the page tables and no further (Linux,
-     * mincore_hugetlb() in mm/mincore.c).
-     */
-    return mincore(rb->host + offset, qemu_real_host_page_size(),
-                   &resident) == 0 && (resident & 1);
-#else
-    return true;
-#endif
 }
 
 /*
@@ -289,7 +216,8 @@ bool ram_block_may_punch(const RAMBlock *rb)
      * Not hugetlbfs: punching a whole huge page gives up its reservation, and
      * the next access could find the pool empty and get SIGBUS.
      */
-    if (holes->type != QEMU_FS_TYPE_TMPFS && !holes->shared_anonymous) {
+    if (holes->kind != RAM_HOLES_SHMEM &&
+        holes->kind != RAM_HOLES_SHARED_ANONYMOUS) {
         return false;
     }
     if (!holes->disposable || qatomic_read(&holes->failed) & RAM_HOLES_PUNCH) {
@@ -302,17 +230,264 @@ bool ram_block_may_punch(const RAMBlock *rb)
     return !ram_block_discard_is_disabled() && !migrate_rdma();
 }
 
-void ram_block_holes_failed(RAMBlock *rb, RAMHolesOperation operation,
-                            int err)
+void ram_clear_memory(void *host, uint64_t length)
 {
-    bool punch = operation == RAM_HOLES_PUNCH;
+    size_t page_size = qemu_target_page_size();
 
-    if (qatomic_fetch_or(&rb->holes->failed, operation)) {
+    /* By page, so that one byte of data does not write to all of it */
+    for (uint64_t done = 0; done < length; done += page_size) {
+        size_t size = MIN(page_size, length - done);
+
+        if (!buffer_is_zero(host + done, size)) {
+            memset(host + done, 0, size);
+        }
+    }
+}
+
+static void trace_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length,
+                       const char *action)
+{
+    trace_ram_handle_zero_range(rb->idstr, offset, length, action);
+}
+
+static void zero_clear(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    trace_zero(rb, offset, length, ACTION_CLEARED);
+    ram_clear_memory(rb->host + offset, length);
+}
+
+/*
+ * Pages that were reserved for the guest, but never written, are not in our page
+ * tables.  Reading the file leaves them so.
+ */
+static void zero_reserved(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    uint64_t size;
+
+    for (; length; offset += size, length -= size) {
+        SparseRange in_file = { .start = rb->fd_offset + offset };
+
+        size = MIN(length, FILE_READ_MAX);
+        in_file.end = in_file.start + size;
+        if (sparse_file_is_zero(rb->fd, &in_file) > 0) {
+            trace_zero(rb, offset, size, ACTION_HOLE);
+        } else {
+            zero_clear(rb, offset, size);
+        }
+    }
+}
+
+static void zero_punch(RAMBlock *rb, const SparseRange *in_file)
+{
+    ram_addr_t offset = in_file->start - rb->fd_offset;
+    uint64_t length = sparse_range_length(in_file);
+    int ret;
+
+    if (!length) {
         return;
     }
-    warn_report("RAM block '%s': cannot %s holes: %s; %s", rb->idstr,
-                punch ? "punch" : "find", strerror(-err),
-                operation == RAM_HOLES_FIND
-                ? "they are read, which populates them"
-                : "zero pages are cleared in place instead");
+    ret = sparse_file_punch(rb->fd, in_file);
+    if (ret < 0) {
+        ram_block_holes_failed(rb, RAM_HOLES_PUNCH, ret);
+        zero_clear(rb, offset, length);
+        return;
+    }
+    trace_zero(rb, offset, length, ACTION_PUNCHED);
+}
+
+/*
+ * Zero data that is only a part of what may be a transparent huge page.  If
+ * all around it is populated as well, it probably is one, and that is worth
+ * more than the few pages that splitting it would free.
+ */
+static void zero_part_of_thp(RAMBlock *rb, const SparseRange *in_file)
+{
+    uint64_t thp_size = rb->holes->thp_size;
+    ram_addr_t offset = in_file->start - rb->fd_offset;
+    uint64_t length = sparse_range_length(in_file), end;
+    SparseRange huge;
+    int ret;
+
+    if (!length) {
+        return;
+    }
+    huge.start = QEMU_ALIGN_DOWN(in_file->start, thp_size);
+    huge.end = huge.start + thp_size;
+    ret = sparse_file_next_extent(rb->fd, &huge, &end);
+    if (ret < 0) {
+        ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
+        zero_clear(rb, offset, length);
+    } else if (ret && end == huge.end) {
+        zero_clear(rb, offset, length);
+    } else {
+        zero_punch(rb, in_file);
+    }
+}
+
+static void zero_shmem(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    SparseRange in_file = {
+        .start = rb->fd_offset + offset,
+        .end = rb->fd_offset + offset + length,
+    };
+    SparseRange head, body, tail;
+
+    if (!rb->holes->thp_size) {
+        zero_punch(rb, &in_file);
+        return;
+    }
+    sparse_range_split(&in_file, rb->holes->thp_size, &head, &body, &tail);
+    zero_part_of_thp(rb, &head);
+    zero_punch(rb, &body);
+    zero_part_of_thp(rb, &tail);
+}
+
+/*
+ * Without a file nobody can tell where the holes are, but freeing what is a
+ * hole already is cheap.  MADV_DONTNEED would only unmap the pages.
+ */
+static void zero_shared_anonymous(RAMBlock *rb, ram_addr_t offset,
+                                  uint64_t length)
+{
+    SparseRange range = { .start = offset, .end = offset + length };
+    SparseRange head, body, tail;
+
+    sparse_range_split(&range, qemu_real_host_page_size(), &head, &body, &tail);
+    if (!sparse_range_is_empty(&body)) {
+        if (qemu_madvise(rb->host + body.start, sparse_range_length(&body),
+                         QEMU_MADV_REMOVE) < 0) {
+            ram_block_holes_failed(rb, RAM_HOLES_PUNCH, -errno);
+            zero_clear(rb, offset, length);
+            return;
+        }
+        trace_zero(rb, body.start, sparse_range_length(&body), ACTION_PUNCHED);
+    }
+    ram_clear_memory(rb->host + head.start, sparse_range_length(&head));
+    ram_clear_memory(rb->host + tail.start, sparse_range_length(&tail));
+}
+
+/* Zero what is not a hole, as far as the kernel tells */
+static void zero_data(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    switch (rb->holes->kind) {
+    case RAM_HOLES_SHMEM:
+        if (ram_block_may_punch(rb)) {
+            zero_shmem(rb, offset, length);
+        } else if (rb->holes->keep_populated) {
+            zero_clear(rb, offset, length);
+        } else {
+            zero_reserved(rb, offset, length);
+        }
+        break;
+    case RAM_HOLES_SHARED_ANONYMOUS:
+        if (ram_block_may_punch(rb)) {
+            zero_shared_anonymous(rb, offset, length);
+            break;
+        }
+        /* fall through */
+    default:
+        zero_clear(rb, offset, length);
+    }
+}
+
+/* A vhost-user backend has page faults of its own, that QEMU has to answer */
+static bool faults_are_shared(void)
+{
+    const MigrationIncomingState *mis = migration_incoming_get_current();
+
+    return mis->postcopy_remote_fds && mis->postcopy_remote_fds->len;
+}
+
+bool ram_block_may_leave_holes(const RAMBlock *rb)
+{
+    if (!migrate_postcopy_ram()) {
+        return ram_block_holes_kind(rb) != RAM_HOLES_UNKNOWN;
+    }
+    /*
+     * Until postcopy ends, an access to a hole waits until somebody places the
+     * page, and nobody does if the holes are not known.  Backends ask for pages
+     * even after the thread that answers them has ended.  And postcopy has
+     * punched all memory, even what the user asked to be there.  RDMA does not
+     * mark what it has received, so the source would be asked for it, in vain.
+     */
+    return ram_block_holes_known(rb) && !rb->holes->keep_populated &&
+           !faults_are_shared() && !migrate_rdma();
+}
+
+void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
+{
+    RAMHolesKind kind = ram_block_holes_kind(rb);
+    uint64_t extent;
+
+    if (!ram_block_may_leave_holes(rb) ||
+        (kind == RAM_HOLES_PRIVATE_ANONYMOUS &&
+         length < PRIVATE_ASK_MIN * qemu_target_page_size())) {
+        zero_clear(rb, offset, length);
+        return;
+    }
+    for (; length; offset += extent, length -= extent) {
+        int ret = ram_block_extent_raw(rb, offset, length, &extent);
+
+        if (ret == 0) {
+            trace_zero(rb, offset, extent, ACTION_HOLE);
+        } else if (ret > 0) {
+            zero_data(rb, offset, extent);
+        } else {
+            ram_block_holes_failed(rb, RAM_HOLES_FIND_TO_CLEAR, ret);
+            zero_clear(rb, offset, extent);
+        }
+    }
+}
+
+/* Whether asking about a block means to read it, or to walk its page tables */
+static bool asking_takes_long(const RAMBlock *rb)
+{
+    switch (rb->holes->kind) {
+    case RAM_HOLES_OTHER_FILE:
+    case RAM_HOLES_PRIVATE_ANONYMOUS:
+    case RAM_HOLES_PRIVATE_SHMEM:
+    case RAM_HOLES_PRIVATE_HUGETLB:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* A block was begun, of which this is what has to be known for each page. */
+static void ram_zero_run_start(RAMZeroRun *run, RAMBlock *rb)
+{
+    run->rb = rb;
+    run->max = 0;
+    if (ram_block_may_leave_holes(rb)) {
+        run->max = asking_takes_long(rb) ? PRIVATE_RUN_MAX : UINT64_MAX;
+    }
+}
+
+void ram_zero_run_add(RAMZeroRun *run, RAMBlock *rb, ram_addr_t offset,
+                      uint64_t length)
+{
+    if (rb != run->rb) {
+        ram_zero_run_flush(run);
+        ram_zero_run_start(run, rb);
+    }
+    if (!run->max) {
+        ram_handle_zero(rb, offset, length);
+        return;
+    }
+    if (!sparse_range_gather(&run->range, offset, length)) {
+        ram_zero_run_flush(run);
+        run->range = (SparseRange) { .start = offset, .end = offset + length };
+    }
+    if (sparse_range_length(&run->range) >= run->max) {
+        ram_zero_run_flush(run);
+    }
+}
+
+void ram_zero_run_flush(RAMZeroRun *run)
+{
+    if (!sparse_range_is_empty(&run->range)) {
+        ram_handle_zero(run->rb, run->range.start,
+                        sparse_range_length(&run->range));
+        run->range = (SparseRange) { };
+    }
 }

@@ -15,13 +15,16 @@
 # that of patches/; patches/BASE/series says "+NAME" for a patch in front of all
 # others, "-NAME" for one that is left out, and "=NAME VERSION" from which version
 # of the reference's patch the one that is taken instead was made.
+#
+# Each message says "Topic: NAME", one of patches/topics and in that order. A topic
+# is mailed by itself, with the letter patches/letters/NAME.
 
 repo=$top/build/git
 reference=$(cat "$top/patches/reference")
 [ "$series" != "$reference" ] || patches=$top/patches
 
 # Where files of ours lie: the same path here and in QEMU's tree.
-own_dirs=(include util migration system tests/unit tests/qtest tests/bench
+own_dirs=(include util migration system tests/unit tests/qtest tests/bench lab/qtest
           docs/devel docs/system)
 
 # Nothing in the settings of the user may change what is made here, and the same
@@ -135,10 +138,27 @@ stale_patches()
     done < <(lines_of "$1/$2/series")
 }
 
-# The message of a patch without the names of the files that it completes.
+# The message of a patch without the names of the files that it completes; and
+# without its topic if it is to be mailed.
 message()
 {
-    sed -e '/^---$/,$d' -e '/^Completes:/,/^$/d' -e '1s/^Subject: \[PATCH\] //' "$1"
+    sed -e '/^---$/,$d' -e '/^Completes:/,/^$/d' -e '1s/^Subject: \[PATCH\] //' "$1" |
+        if [ -n "${signer_name:-}" ]; then sed '/^Topic: /d'; else cat; fi
+}
+
+# topic_of PATCH: what it is mailed with. A topic that has no letter is not mailed.
+topic_of()
+{
+    sed -n -e '/^---$/q' -e 's/^Topic: //p' "$1"
+}
+
+mailed_topics()
+{
+    local topic
+
+    for topic in $(lines_of "$top/patches/topics"); do
+        [ ! -f "$top/patches/letters/$topic" ] || echo "$topic"
+    done
 }
 
 completes()

@@ -13,6 +13,7 @@
 
 #include <pthread.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 
 /*
  * Linux 6.7, include/uapi/linux/fs.h; not in the headers of older systems, and
@@ -61,8 +62,8 @@ typedef struct PagemapScan {
  * and pagemap_pmd_range() in fs/proc/task_mmu.c), so it sees one or the other.
  */
 
-int pagemap_scan_next(int fd, const SparseRange *within,
-                      SparseRange *populated)
+static int pagemap_scan(int fd, const SparseRange *within, uint64_t categories,
+                        SparseRange *populated)
 {
     PagemapRegion region;
     PagemapScan scan = {
@@ -71,7 +72,7 @@ int pagemap_scan_next(int fd, const SparseRange *within,
         .end = within->end,
         .vec = (uintptr_t)&region,
         .vec_len = 1,
-        .category_anyof_mask = PAGEMAP_IS_PRESENT | PAGEMAP_IS_SWAPPED,
+        .category_anyof_mask = categories,
     };
     int ret = RETRY_ON_EINTR(ioctl(fd, PAGEMAP_SCAN_IOCTL, &scan));
 
@@ -90,6 +91,13 @@ int pagemap_scan_next(int fd, const SparseRange *within,
         };
     }
     return 0;
+}
+
+int pagemap_scan_next(int fd, const SparseRange *within,
+                      SparseRange *populated)
+{
+    return pagemap_scan(fd, within, PAGEMAP_IS_PRESENT | PAGEMAP_IS_SWAPPED,
+                        populated);
 }
 
 int pagemap_read_next(int fd, const SparseRange *within,
@@ -205,7 +213,56 @@ int populated_memory_next(const SparseRange *within, SparseRange *populated)
     return 0;
 }
 
+bool populated_huge_page(void *host)
+{
+    unsigned char resident;
+
+    /*
+     * For hugetlbfs, mincore() looks at the page tables and no further (Linux,
+     * mincore_hugetlb() in mm/mincore.c).
+     */
+    return mincore(host, qemu_real_host_page_size(), &resident) == 0 &&
+           (resident & 1);
+}
+
+void populated_huge_pages_next(const SparseRange *within, uint64_t page_size,
+                               SparseRange *populated)
+{
+    int fd = pagemap_open();
+    uint64_t next = within->start;
+
+    /*
+     * Not what is "swapped": a hole of which userfaultfd remembers that it is
+     * write-protected looks like that.  Huge pages are never swapped out.
+     */
+    if (fd >= 0 &&
+        pagemap_scan(fd, within, PAGEMAP_IS_PRESENT, populated) == 0) {
+        return;
+    }
+    /* Before Linux 6.7, or without /proc */
+    while (next < within->end &&
+           !populated_huge_page((void *)(uintptr_t)next)) {
+        next += page_size;
+    }
+    populated->start = next;
+    while (next < within->end && populated_huge_page((void *)(uintptr_t)next)) {
+        next += page_size;
+    }
+    populated->end = next;
+}
+
 #else /* !CONFIG_LINUX */
+
+bool populated_huge_page(void *host)
+{
+    return true;
+}
+
+void populated_huge_pages_next(const SparseRange *within, uint64_t page_size,
+                               SparseRange *populated)
+{
+    *populated = *within;
+}
 
 int pagemap_scan_next(int fd, const SparseRange *within,
                       SparseRange *populated)

@@ -31,9 +31,9 @@
  *
  * - private and anonymous: it reads as zero;
  * - private, of a file: it reads as the file does;
- * - shared: nothing, another process can have written it;
- * - hugetlbfs: nothing, as the kernel looks at huge pages without their lock,
- *   and one that is being moved is not there for a moment.
+ * - shared: nothing, another process can have written it.
+ *
+ * For huge pages, see populated_huge_pages_next().
  *
  * May be called by any thread.  Asks /proc/self/pagemap, which is opened at the
  * first call, and only then, and stays open; a child process opens its own.
@@ -42,6 +42,27 @@
  * /proc, or this process may not look at it.
  */
 int populated_memory_next(const SparseRange *within, SparseRange *populated);
+
+/**
+ * populated_huge_pages_next: the same for a shared mapping of huge pages
+ *
+ * Cannot fail.  But a page that is being moved is not there for a moment.
+ *
+ * @within: addresses of this process, at boundaries of huge pages
+ * @page_size: size of a huge page, in bytes
+ * @populated: see populated_memory_next()
+ */
+void populated_huge_pages_next(const SparseRange *within, uint64_t page_size,
+                               SparseRange *populated);
+
+/**
+ * populated_huge_page: whether a huge page is in the page tables
+ *
+ * If so, reading it allocates nothing.
+ *
+ * @host: where it begins
+ */
+bool populated_huge_page(void *host);
 
 /**
  * pagemap_scan_next, pagemap_read_next: the two ways to ask

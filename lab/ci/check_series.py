@@ -75,6 +75,13 @@ def steps() -> List[str]:
         return file.read().split()
 
 
+def topic_of(step: int) -> str:
+    """What the patch of a step is mailed with."""
+    match = re.search(r'^Topic: (.*)$',
+                      git('log', '-1', '--format=%B', steps()[step]), re.MULTILINE)
+    return match[1] if match else ''
+
+
 def parse_steps(text: str, last: int) -> List[int]:
     """The steps that "5", "5-9", "5-" or several of these with commas mean."""
     numbers: Set[int] = set()
@@ -288,9 +295,16 @@ def main() -> int:
                         help='such as 5, 5-9, 5- or 1,5-9; default: all')
     parser.add_argument('--quick', action='store_true',
                         help='build and unit tests only')
+    parser.add_argument('--topic', help='only the steps of a topic')
     args = parser.parse_args()
     last = len(steps()) - 1
     numbers = parse_steps(args.steps, last)
+    if args.topic:
+        numbers = [number for number in numbers
+                   if topic_of(number) == args.topic]
+        if not numbers:
+            sys.exit(f'check-series: no step has the topic {args.topic}; '
+                     'patches/topics lists them')
     os.makedirs(LOGS, exist_ok=True)
 
     accelerator = run_tests.Accelerator()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The same with a guest that writes all the time, and checks what it wrote.
 
-The guest is tests/qtest/migration/i386/sparse-writer.S.  It runs on through
+The guest is lab/qtest/sparse-writer.S.  It runs on through
 migrations that are cancelled or fail, and through postcopy whose channel
 breaks and is recovered; in the end it checks all of its pages.
 """

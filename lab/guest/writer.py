@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest of tests/qtest/migration/i386/sparse-writer.S, for Python.
+"""The guest of lab/qtest/sparse-writer.S, for Python.
 
 It writes to pages in pseudo-random order, numbers its writes, and remembers in a
 table which was the last one to each page.  So what a page has to hold can be told
@@ -19,7 +19,7 @@ from typing import Dict, List, Tuple
 from lab import UserError
 from lab.base import ROOT
 
-_DIRECTORY = os.path.join(ROOT, 'tests/qtest/migration/i386')
+_DIRECTORY = os.path.join(ROOT, 'lab/qtest')
 _SOURCE = os.path.join(_DIRECTORY, 'sparse-writer.S')
 _HEADER = os.path.join(_DIRECTORY, 'sparse-writer.h')
 _SECTION = '.rodata.sparse_writer'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest of tests/qtest/migration/i386/sparse-writer.S, driven from Python.
+"""The guest of lab/qtest/sparse-writer.S, driven from Python.
 
 See lab/guest/writer.py.
 """

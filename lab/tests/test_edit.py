@@ -71,7 +71,8 @@ class Project(unittest.TestCase):
         write(f'{self.top}/.gitignore', '/build/\n')
         for name, text in (('default', '9.0\n'), ('reference', '9.2\n'),
                            ('9.0/suites', ''), ('9.2/suites', ''),
-                           ('series', '# The patches\n'), ('cover-letter', '')):
+                           ('series', '# The patches\n'), ('topics', 'core\nlab\n'),
+                           ('letters/core', 'be sparse\n\nText.\n')):
             write(f'{self.top}/patches/{name}', text)
         for base, lines in (('9.0', RAM[2:]), ('9.2', RAM)):
             tree = f'{self.top}/build/{base}/stock-tree'
@@ -85,14 +86,14 @@ class Project(unittest.TestCase):
             write(f'{tree}/src.stamp', f'dir {base}\n')
 
         self.edit = self.other_tree('9.2')
-        self.change('util/sparse.c', 'first\n', commit='util: add sparse')
+        self.change('util/sparse.c', 'first\n', commit='util: add sparse\n\nTopic: core')
         self.replace('migration/ram.c', 'int line_20;', 'sparse line_20;',
-                     commit='migration/ram: be sparse\n\nBecause it is better.')
+                     commit='migration/ram: be sparse\n\nBecause it is better.\n\nTopic: core')
         write(f'{self.edit}/tests/unit/test-sparse.c', 'test\n')
         write(f'{self.edit}/docs/system/sparse.rst', 'text\n')
         self.change('MAINTAINERS', 'M: Erika Mustermann <x@y>\n\nSparse guest RAM\n'
                     'M: The sparse-ram project <qemu-devel@nongnu.org>\n',
-                    commit='tests: test it')
+                    commit='tests: test it\n\nTopic: core')
         self.save(self.edit, base='9.2')
         self.commit_project()
         shutil.rmtree(self.edit)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The series as complete patches: what format-series writes, and dep3 makes of it."""
 
+import email.parser
 import fnmatch
 import glob
 import os
@@ -53,6 +54,12 @@ def new_files_in(patch: str) -> List[str]:
                       re.MULTILINE)
 
 
+def subject_of(path: str) -> str:
+    """The subject of a mail, without its number."""
+    header = email.parser.Parser().parsestr(read(path), headersonly=True)
+    return re.sub(r'^\[.*?\] ', '', ' '.join(header['Subject'].split()))
+
+
 def maintained(text: str, title: str = '') -> List[str]:
     """The patterns of a MAINTAINERS file, of one section or of all."""
     if title:
@@ -99,7 +106,7 @@ class Series(unittest.TestCase):
             run('git', 'add', '-A', cwd=repo)
             run('git', 'commit', '-q', '-m', 'base', cwd=repo)
             run('git', '-c', 'apply.whitespace=error', 'am', '-q',
-                *self.mails[1:], cwd=repo)
+                *self.mails, cwd=repo)
             for file in sorted(touched - {'MAINTAINERS'}):
                 with self.subTest(file):
                     self.assertEqual(read(os.path.join(repo, file)),
@@ -107,23 +114,43 @@ class Series(unittest.TestCase):
 
     def test_messages(self) -> None:
         """Each is signed off, and has more to say than its subject."""
-        for mail in self.mails[1:]:
+        for mail in self.mails:
             with self.subTest(os.path.basename(mail)):
                 message, _, _ = read(mail).partition('\n---\n')
                 self.assertIn(f'\nSigned-off-by: {NAME} <{MAIL}>', message)
                 self.assertGreater(len(message.partition('\n\n')[2].split()), 30)
                 self.assertNotIn('New file', message)
+                self.assertNotIn('\nTopic: ', message)
 
-    def test_cover_letter(self) -> None:
-        """It has no blank left to be filled in."""
-        text = read(self.mails[0])
-        self.assertIn(f'00/{len(self.mails) - 1}] migration: keep guest RAM',
-                      text)
-        self.assertNotIn('***', text)
+    def test_topics(self) -> None:
+        """Each topic is mailed by itself; together, they are the series."""
+        letters = os.path.join(ROOT, 'patches/letters')
+        subjects = []
+        for topic in read(os.path.join(ROOT, 'patches/topics')).splitlines():
+            if not os.path.exists(os.path.join(letters, topic)):
+                continue
+            with self.subTest(topic):
+                run('scripts/format-series', topic)
+                cover, *mails = sorted(glob.glob(
+                    f'{ROOT}/build/series/{topic}/v1-*.patch'))
+                text = read(cover)
+                title = read(os.path.join(letters, topic)).splitlines()[0]
+                self.assertIn(f'00/{len(mails):02}] {title}\n', text)
+                self.assertNotIn('***', text)
+                subjects += [subject_of(mail) for mail in mails]
+        self.assertEqual(subjects, [subject_of(mail) for mail in self.mails
+                                    if '-backport-' not in mail])
+
+    def test_unknown_topic(self) -> None:
+        """One sentence says which there are."""
+        result = run('scripts/format-series', 'none', check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stdout,
+                         r'^\S+: there is no topic none; .*: fixes core .*\n$')
 
     def test_checkpatch(self) -> None:
         """Nothing to complain of, warnings included."""
-        for mail in self.mails[1:]:
+        for mail in self.mails:
             with self.subTest(os.path.basename(mail)):
                 run('perl', '-X', f'{STOCK}/scripts/checkpatch.pl', '--no-tree',
                     '--quiet', mail)
@@ -132,11 +159,11 @@ class Series(unittest.TestCase):
         """QEMU's section has what the series brings, and who has sent it."""
         text = ''.join(
             line[1:] + '\n'
-            for mail in self.mails[1:]
+            for mail in self.mails
             for line in read(mail).splitlines() if re.match(r'\+[MSF]: ', line))
         self.assertIn(f'M: {NAME} <{MAIL}>\n', text)
         patterns = maintained(text)
-        for mail in self.mails[1:]:
+        for mail in self.mails:
             if '-backport-' in mail:
                 continue        # QEMU has these files by now, and lists them
             for file in new_files_in(read(mail)):
@@ -147,7 +174,7 @@ class Series(unittest.TestCase):
         """The header that a package wants, in front of the same patch."""
         dep3 = SourceFileLoader(
             'dep3', os.path.join(ROOT, 'scripts/dep3')).load_module()
-        for mail in self.mails[1:]:
+        for mail in self.mails:
             with self.subTest(os.path.basename(mail)):
                 text = dep3.convert(read(mail), 'other, us', 'not-needed')
                 header, _, patch = text.partition('\n---\n')

@@ -1,8 +1,8 @@
 /*
  * Unit tests for zero pages and holes in guest RAM
  *
- * Runs migration/ram-holes*.c on a RAMBlock of its own, with stubs in place of
- * the machine, so that decisions can be tested for what is not at hand: memory
+ * Runs system/ramblock-holes.c, migration/ram-holes*.c and ram-zero-runs.c on a
+ * RAMBlock of its own, with stubs in place of the machine, so that decisions can be tested for what is not at hand: memory
  * pinned by a device, RDMA, seals, read-only files.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
@@ -20,12 +20,12 @@
 #include "exec/ramlist.h"
 #include "exec/target_page.h"
 #include "hw/virtio/vhost.h"
-#include "hw/virtio/virtio-mem.h"
 #include "migration/misc.h"
 #include "qapi/qapi-types-migration.h"
 #include "qemu/atomic.h"
 #include "qemu/bitmap.h"
 #include "qemu/error-report.h"
+#include "qemu/populated-memory.h"
 #include "qemu/units.h"
 #include "qemu/userfaultfd.h"
 #include "qom/object.h"
@@ -38,12 +38,13 @@
 #include "../../migration/postcopy-ram.h"
 #include "../../migration/ram.h"
 #include "../../migration/ram-holes.h"
+#include "../../migration/ram-zero-runs.h"
 
 #define TARGET_PAGE (4 * KiB)
 #define HUGE_PAGE (2 * MiB)
 #define BLOCK_SIZE (64 * TARGET_PAGE)
 
-/* Of ram-holes-load.c: pages, and bytes */
+/* Of ram-holes.c: pages, and bytes */
 #define PRIVATE_ASK_MIN 32
 #define PRIVATE_RUN_MAX (2 * MiB)
 #define DATA 0xa5
@@ -55,7 +56,9 @@ static struct {
     bool rdma;
     bool postcopy;
     bool discard_disabled;
-    RamDiscardManager *rdm;
+    /* What a RamDiscardManager says, if there is one */
+    bool has_discard_manager;
+    bool keeps_populated;
     Object *owner;
     /* The guest has run, with a vhost device or without one */
     bool has_run;
@@ -92,6 +95,31 @@ bool migrate_rdma(void)
 bool migrate_postcopy_ram(void)
 {
     return machine.postcopy;
+}
+
+bool migrate_sparse_ram(void)
+{
+    return false;
+}
+
+bool migrate_mapped_ram(void)
+{
+    return false;
+}
+
+bool migration_in_postcopy(void)
+{
+    return false;
+}
+
+bool migration_rate_limit(void)
+{
+    return false;
+}
+
+void postcopy_temp_page_reset(PostcopyTmpPage *tmp_page)
+{
+    g_assert_not_reached();
 }
 
 PostcopyState postcopy_state_get(void)
@@ -170,7 +198,12 @@ unsigned int vhost_get_max_memslots(void)
 
 RamDiscardManager *memory_region_get_ram_discard_manager(MemoryRegion *mr)
 {
-    return machine.rdm;
+    return machine.has_discard_manager ? (RamDiscardManager *)&machine : NULL;
+}
+
+bool ram_discard_manager_keeps_populated(const RamDiscardManager *rdm)
+{
+    return machine.keeps_populated;
 }
 
 RAMBlock *qemu_ram_block_from_host(void *ptr, bool round_offset,
@@ -213,8 +246,10 @@ static void test_block_init_mapped(TestBlock *block, int fd,
             .page_size = qemu_real_host_page_size(),
         },
     };
-    ram_block_holes_init(&block->holes, &block->rb);
     block->rb.holes = &block->holes;
+    ram_block_holes_init(&block->holes, &block->rb);
+    ram_holes_setup_block(&block->rb);
+    block->holes.used = false;
 }
 
 static int memfd_new(uint64_t size)
@@ -398,54 +433,27 @@ static void test_mlock(void)
     test_block_destroy(&block);
 }
 
-/* The part of virtio-mem that is looked at, and another one of its kind */
-#define TYPE_OTHER_MANAGER "other-discard-manager"
-
-static const TypeInfo discard_managers[] = {
-    {
-        .name = TYPE_VIRTIO_MEM,
-        .parent = TYPE_OBJECT,
-        .instance_size = sizeof(VirtIOMEM),
-    }, {
-        .name = TYPE_OTHER_MANAGER,
-        .parent = TYPE_OBJECT,
-        .instance_size = sizeof(Object),
-    },
-};
-
-/* How many pages stay allocated if @rdm manages what is discarded */
-static uint64_t zero_half_managed(void *rdm)
+/* How many pages stay allocated if something manages what is discarded */
+static uint64_t zero_half_managed(bool keeps_populated)
 {
     TestBlock block;
     MemoryRegion mr = { };
     uint64_t pages;
 
-    machine.rdm = rdm;
+    machine.has_discard_manager = true;
+    machine.keeps_populated = keeps_populated;
     test_block_init(&block);
     block.rb.mr = &mr;
-    ram_block_holes_init(&block.holes, &block.rb);
+    ram_holes_setup_block(&block.rb);
     pages = zero_half(&block);
     test_block_destroy(&block);
     return pages;
 }
 
-static void test_virtio_mem(void)
+static void test_discard_manager(void)
 {
-    Object *vmem = object_new(TYPE_VIRTIO_MEM);
-
-    g_assert_cmpint(zero_half_managed(vmem), ==, 4);
-    VIRTIO_MEM(vmem)->prealloc = true;
-    g_assert_cmpint(zero_half_managed(vmem), ==, 8);
-    object_unref(vmem);
-}
-
-/* Nothing is known about it */
-static void test_other_discard_manager(void)
-{
-    Object *other = object_new(TYPE_OTHER_MANAGER);
-
-    g_assert_cmpint(zero_half_managed(other), ==, 8);
-    object_unref(other);
+    g_assert_cmpint(zero_half_managed(false), ==, 4);
+    g_assert_cmpint(zero_half_managed(true), ==, 8);
 }
 
 /* What is reserved stays so, whether the guest wrote to it or not. */
@@ -522,7 +530,7 @@ static uint64_t zero_half_of(const char *backend)
     fill_pages(&block, 8, 15);
     machine.owner = owner;
     block.rb.mr = &mr;
-    ram_block_holes_init(&block.holes, &block.rb);
+    ram_holes_setup_block(&block.rb);
     pages = zero_half(&block);
     test_block_destroy(&block);
     object_unref(owner);
@@ -910,7 +918,7 @@ static void test_postcopy_holes_unknown(void)
     TestBlock block;
 
     postcopy_init(&block);
-    block.holes.type = QEMU_FS_TYPE_UNKNOWN;
+    block.holes.kind = RAM_HOLES_UNKNOWN;
     assert_all_placed(&block);
     postcopy_destroy(&block);
 }
@@ -1158,7 +1166,7 @@ static void test_private_tmpfs(void)
     }
     test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
                            MAP_PRIVATE, 0);
-    g_assert_cmpint(block.holes.private_memory, ==, RAM_PRIVATE_TMPFS);
+    g_assert_cmpint(block.holes.kind, ==, RAM_HOLES_PRIVATE_SHMEM);
     g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
     fill_pages(&block, 8, 15);
     g_assert_cmpint(allocated_pages(&block), ==, 1 + 8);
@@ -1196,7 +1204,7 @@ static void test_private_preallocated(void)
                            RAM_PREALLOC);
     block.rb.fd = -1;
     ram_block_holes_init(&block.holes, &block.rb);
-    g_assert_false(ram_block_is_private_known(&block.rb));
+    g_assert_cmpint(block.holes.kind, ==, RAM_HOLES_UNKNOWN);
     zero_pages(&block, 0, 11);
     assert_pages(&block, 0, 11, 0);
     close(fd);
@@ -1425,8 +1433,7 @@ static void test_other_file(void)
                                RAM_SHARED);
         block.rb.mr = &mr;
         machine.owner = owner;
-        block.holes.type = QEMU_FS_TYPE_UNKNOWN;
-        block.holes.other_file = true;
+        block.holes.kind = RAM_HOLES_OTHER_FILE;
         switch (i) {
         case 0:
             setup(&block);
@@ -1589,12 +1596,12 @@ static void test_private_hugetlb_empty(void)
     block.rb.page_size = HUGE_PAGE;
 
     zero_pages(&block, 0, 2 * per_huge - 1);
-    g_assert_false(ram_huge_page_is_mapped(&block.rb, 0));
-    g_assert_false(ram_huge_page_is_mapped(&block.rb, HUGE_PAGE));
+    g_assert_false(populated_huge_page(block.rb.host));
+    g_assert_false(populated_huge_page(block.rb.host + HUGE_PAGE));
 
     fill_pages(&block, per_huge, per_huge + 7);
     zero_pages(&block, per_huge - 4, per_huge + 3);
-    g_assert_false(ram_huge_page_is_mapped(&block.rb, 0));
+    g_assert_false(populated_huge_page(block.rb.host));
     assert_pages(&block, per_huge, per_huge + 3, 0);
     assert_pages(&block, per_huge + 4, per_huge + 7, DATA);
     test_block_destroy(&block);
@@ -1650,7 +1657,7 @@ static void test_absent_private_hugetlb(void)
     block.rb.page_size = HUGE_PAGE;
 
     zero_absent(&block, 2 * per_huge);
-    g_assert_false(ram_huge_page_is_mapped(&block.rb, HUGE_PAGE));
+    g_assert_false(populated_huge_page(block.rb.host + HUGE_PAGE));
     assert_pages(&block, 8, 11, 0);
     assert_pages(&block, 12, 15, DATA);
     assert_pages(&block, 16, 19, 0);
@@ -1745,11 +1752,10 @@ static void test_clear_memory(void)
 /* The source: what is a hole */
 
 /* How many pages from @page on, up to @limit, are a hole */
-static uint64_t hole_pages(TestBlock *block, SparseRange *data, unsigned page,
-                           unsigned limit)
+static uint64_t hole_pages(TestBlock *block, unsigned page, unsigned limit)
 {
-    uint64_t bytes = ram_find_hole(&block->rb, page * TARGET_PAGE,
-                                   limit * TARGET_PAGE, data);
+    uint64_t bytes = ram_block_hole_length(&block->rb, page * TARGET_PAGE,
+                                           (limit - page) * TARGET_PAGE, NULL);
 
     g_assert_cmpint(bytes % TARGET_PAGE, ==, 0);
     return bytes / TARGET_PAGE;
@@ -1757,40 +1763,75 @@ static uint64_t hole_pages(TestBlock *block, SparseRange *data, unsigned page,
 
 static bool is_hole(TestBlock *block, unsigned page, unsigned npages)
 {
-    SparseRange data = { };
-
-    return hole_pages(block, &data, page, page + npages) == npages;
+    return hole_pages(block, page, page + npages) == npages;
 }
 
 static void test_save_find_hole(void)
 {
     TestBlock block;
-    SparseRange data = { };
+    uint64_t data;
 
     test_block_init(&block);
     fill_pages(&block, 8, 15);
 
-    g_assert_cmpint(hole_pages(&block, &data, 0, 64), ==, 8);
-    g_assert_cmpint(data.start, ==, 8 * TARGET_PAGE);
-    g_assert_cmpint(data.end, >, data.start);
-    g_assert_cmpint(data.end, <=, 16 * TARGET_PAGE);
-    g_assert_cmpint(hole_pages(&block, &data, 8, 64), ==, 0);
-    g_assert_cmpint(hole_pages(&block, &data, 15, 64), ==, 0);
-    g_assert_cmpint(hole_pages(&block, &data, 16, 64), ==, 48);
-    g_assert_cmpint(hole_pages(&block, &data, 2, 4), ==, 2);
+    g_assert_cmpint(hole_pages(&block, 0, 64), ==, 8);
+    g_assert_cmpint(hole_pages(&block, 8, 64), ==, 0);
+    g_assert_cmpint(hole_pages(&block, 15, 64), ==, 0);
+    g_assert_cmpint(hole_pages(&block, 16, 64), ==, 48);
+    g_assert_cmpint(hole_pages(&block, 2, 4), ==, 2);
 
-    /* Data that was found is not looked at again, a hole is */
-    g_assert_cmpint(hole_pages(&block, &data, 8, 64), ==, 0);
-    data = (SparseRange) { 20 * TARGET_PAGE, 24 * TARGET_PAGE };
-    g_assert_cmpint(hole_pages(&block, &data, 21, 64), ==, 0);
-    g_assert_cmpint(hole_pages(&block, &data, 24, 64), ==, 40);
-    g_assert_cmpint(hole_pages(&block, &data, 19, 64), ==, 45);
-    fill_pages(&block, 30, 30);
-    g_assert_cmpint(hole_pages(&block, &data, 24, 64), ==, 6);
-    g_assert_cmpint(data.start, ==, 30 * TARGET_PAGE);
+    g_assert_cmpint(ram_block_hole_length(&block.rb, 0, BLOCK_SIZE, &data), ==,
+                    8 * TARGET_PAGE);
+    g_assert_cmpint(data, >, 0);
+    g_assert_cmpint(data, <=, 8 * TARGET_PAGE);
+    g_assert_cmpint(ram_block_hole_length(&block.rb, 0, TARGET_PAGE, &data), ==,
+                    TARGET_PAGE);
+    g_assert_cmpint(data, ==, 0);
 
     /* Looking has not allocated anything */
-    g_assert_cmpint(allocated_pages(&block), ==, 9);
+    g_assert_cmpint(allocated_pages(&block), ==, 8);
+    test_block_destroy(&block);
+}
+
+static void test_save_run(void)
+{
+    TestBlock block;
+    RAMKnownData data = { };
+
+    test_block_init(&block);
+    fill_pages(&block, 8, 15);
+    block.rb.bmap = bitmap_new(64);
+    bitmap_set(block.rb.bmap, 0, 64);
+    block.rb.clear_bmap = bitmap_new(4);
+    block.rb.clear_bmap_shift = 6;
+
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 0, 64, &data), ==, 8);
+    g_assert_true(data.rb == &block.rb);
+    g_assert_cmpint(data.range.start, ==, 8 * TARGET_PAGE);
+    g_assert_cmpint(data.range.end, >, data.range.start);
+    g_assert_cmpint(data.range.end, <=, 16 * TARGET_PAGE);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 2, 4, &data), ==, 2);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 15, 64, &data), ==, 0);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 16, 64, &data), ==, 48);
+
+    /* Data that was found is not looked at again, a hole is */
+    data.range = (SparseRange) { 20 * TARGET_PAGE, 24 * TARGET_PAGE };
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 21, 64, &data), ==, 0);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 24, 64, &data), ==, 40);
+    fill_pages(&block, 30, 30);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 24, 64, &data), ==, 6);
+
+    /* Pages that are not dirty are not sent */
+    clear_bit(50, block.rb.bmap);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 40, 64, &data), ==, 10);
+
+    /* The next chunk has dirty bits that have not been cleared yet */
+    block.rb.clear_bmap_shift = 4;
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 20, 64, &data), ==, 10);
+    g_assert_cmpint(ram_find_hole_run(&block.rb, 33, 64, &data), ==, 15);
+
+    g_free(block.rb.clear_bmap);
+    g_free(block.rb.bmap);
     test_block_destroy(&block);
 }
 
@@ -1893,7 +1934,7 @@ static void test_save_not_arrived(void)
     block.rb.receivedmap = bitmap_new(BLOCK_SIZE / TARGET_PAGE);
     bitmap_set(block.rb.receivedmap, 8, 16);
     for (int i = 0; i < ARRAY_SIZE(active); i++) {
-        uint64_t end;
+        uint64_t length;
 
         machine.postcopy_state = active[i];
         g_assert_false(is_hole(&block, 0, 1));
@@ -1902,11 +1943,12 @@ static void test_save_not_arrived(void)
         g_assert_false(is_hole(&block, 20, 1));
         g_assert_true(is_hole(&block, 21, 3));
         g_assert_false(is_hole(&block, 24, 1));
-        g_assert_false(ram_next_extent(&block.rb, 0, BLOCK_SIZE, &end));
-        g_assert_cmpint(end, ==, 8 * TARGET_PAGE);
-        /* Who loads them knows better */
-        g_assert_true(ram_next_extent_raw(&block.rb, 0, BLOCK_SIZE, &end));
-        g_assert_cmpint(end, ==, 20 * TARGET_PAGE);
+        g_assert_false(ram_block_extent(&block.rb, 0, BLOCK_SIZE, &length));
+        g_assert_cmpint(length, ==, 8 * TARGET_PAGE);
+        /* The loader itself knows better */
+        g_assert_cmpint(ram_block_extent_raw(&block.rb, 0, BLOCK_SIZE, &length),
+                        ==, 0);
+        g_assert_cmpint(length, ==, 20 * TARGET_PAGE);
     }
     machine.postcopy_state = POSTCOPY_INCOMING_END;
     g_assert_true(is_hole(&block, 0, 20));
@@ -1915,18 +1957,18 @@ static void test_save_not_arrived(void)
     test_block_destroy(&block);
 }
 
-static void test_range_is_zero(void)
+static void test_block_is_zero(void)
 {
     TestBlock block;
 
     test_block_init(&block);
-    g_assert_true(ram_range_is_zero(&block.rb, 0, BLOCK_SIZE));
+    g_assert_true(ram_block_is_zero(&block.rb, 0, BLOCK_SIZE));
     fill_pages(&block, 8, 8);
-    g_assert_false(ram_range_is_zero(&block.rb, 0, BLOCK_SIZE));
-    g_assert_true(ram_range_is_zero(&block.rb, 9 * TARGET_PAGE,
+    g_assert_false(ram_block_is_zero(&block.rb, 0, BLOCK_SIZE));
+    g_assert_true(ram_block_is_zero(&block.rb, 9 * TARGET_PAGE,
                                     BLOCK_SIZE - 9 * TARGET_PAGE));
     memset(block.rb.host + 8 * TARGET_PAGE, 0, TARGET_PAGE);
-    g_assert_true(ram_range_is_zero(&block.rb, 0, BLOCK_SIZE));
+    g_assert_true(ram_block_is_zero(&block.rb, 0, BLOCK_SIZE));
     g_assert_cmpint(allocated_pages(&block), ==, 1);
     test_block_destroy(&block);
 }
@@ -1959,7 +2001,6 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     error_init(argv[0]);
     module_call_init(MODULE_INIT_QOM);
-    type_register_static_array(discard_managers, ARRAY_SIZE(discard_managers));
     type_register_static_array(backends, ARRAY_SIZE(backends));
     machine.ram_holes = true;
 
@@ -1974,9 +2015,7 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/keep/vhost", test_vhost);
     g_test_add_func("/ram-holes/keep/readonly-fd", test_readonly_fd);
     g_test_add_func("/ram-holes/keep/sealed", test_sealed);
-    g_test_add_func("/ram-holes/keep/virtio-mem", test_virtio_mem);
-    g_test_add_func("/ram-holes/keep/discard-manager",
-                    test_other_discard_manager);
+    g_test_add_func("/ram-holes/keep/discard-manager", test_discard_manager);
     g_test_add_func("/ram-holes/postcopy/precopy-phase",
                     test_postcopy_precopy_phase);
     g_test_add_func("/ram-holes/postcopy/nobody-waits",
@@ -2030,12 +2069,13 @@ int main(int argc, char **argv)
     g_test_add_func("/ram-holes/run", test_run);
     g_test_add_func("/ram-holes/clear-memory", test_clear_memory);
     g_test_add_func("/ram-holes/save/find-hole", test_save_find_hole);
+    g_test_add_func("/ram-holes/save/run", test_save_run);
     g_test_add_func("/ram-holes/save/large-page", test_save_large_page);
     g_test_add_func("/ram-holes/save/lseek-refused", test_save_lseek_refused);
     g_test_add_func("/ram-holes/save/unknown", test_save_unknown);
     g_test_add_func("/ram-holes/save/hugetlb", test_save_hugetlb);
     g_test_add_func("/ram-holes/save/not-arrived", test_save_not_arrived);
-    g_test_add_func("/ram-holes/save/range-is-zero", test_range_is_zero);
+    g_test_add_func("/ram-holes/save/is-zero", test_block_is_zero);
     g_test_add_func("/ram-holes/save/page-to-read", test_page_to_read);
 
     return g_test_run();

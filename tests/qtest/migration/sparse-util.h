@@ -1,10 +1,10 @@
 /*
  * QTest helpers for sparse guest RAM
  *
- * The RAM of a guest is prepared page by page through the file behind it, or,
- * where there is none, through /proc/PID/mem, and is examined in the same way.
- * A pread() from a hole of tmpfs or hugetlbfs does not populate it, so looking
- * does not change what is looked at.
+ * A test is a row: guest RAM of some kind, a way to migrate it, and what is
+ * expected of it afterwards.  The RAM is prepared and examined page by page
+ * through the file behind it.  A pread() from a hole of tmpfs or hugetlbfs does
+ * not populate it, so looking does not change what is looked at.
  *
  * Copyright (c) 2026 the sparse-ram project
  *
@@ -21,15 +21,37 @@
 /* What most guests have: enough for all that the patterns vary */
 #define PATTERN_SIZE (128 * MiB)
 
-/* Huge pages must be there on both sides at the same time */
 #define HUGETLB_SIZE (64 * MiB)
 #define HUGETLB_PAGE_SIZE (2 * MiB)
 #define HUGETLB_SYSFS "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 
 #define BACKEND_ID "mem0"
 
-/* What is below the first MiB of a PC is RAM only up to here */
-#define PC_BASE_MEMORY_END (640 * KiB)
+typedef struct GuestRam GuestRam;
+typedef struct SparseGuests SparseGuests;
+
+/* Where guest RAM comes from */
+typedef struct SparseBackend {
+    /* The option -object, up to id, size and mem-path */
+    const char *object;
+    /* How the name of a file of QEMU's begins */
+    const char *link;
+    /* Open a file of the test's; -1 if it cannot be had, after saying why */
+    int (*open_file)(void);
+    /* Where the RAM begins in the file */
+    uint64_t offset;
+    /* If 0: PATTERN_SIZE, and that of the host */
+    uint64_t size;
+    uint64_t page_size;
+    /* Why it cannot be had twice on this host, or NULL */
+    const char *(*skip_reason)(void);
+    /* If it is not what the file has: open it, and what is allocated to it */
+    void (*open)(GuestRam *ram, QTestState *who);
+    uint64_t (*bytes)(const GuestRam *ram);
+} SparseBackend;
+
+extern const SparseBackend sparse_memfd, sparse_memfd_private, sparse_hugetlb,
+                           sparse_shm_file;
 
 /* What a page of the source is before the migration */
 typedef enum PageKind {
@@ -38,247 +60,224 @@ typedef enum PageKind {
     PAGE_ZERO,      /* populated, but reads as zero */
 } PageKind;
 
-typedef enum SparsePattern {
-    PATTERN_EMPTY,
-    PATTERN_ALTERNATE,
-    PATTERN_DENSE,
-    PATTERN_RUNS,
-    PATTERN_ENDS,
-    PATTERN_ZEROED,
-    PATTERN_MIXED,
-    PATTERN__MAX,
+typedef struct SparsePattern {
+    const char *name;
+    PageKind (*kind)(uint64_t page, uint64_t pages);
 } SparsePattern;
 
-#define ALL_PATTERNS ((1 << PATTERN__MAX) - 1)
+extern const SparsePattern sparse_mixed, sparse_empty;
 
-extern const char *const sparse_pattern_names[PATTERN__MAX];
+typedef enum SparseTransport {
+    SPARSE_SOCKET,
+    SPARSE_POSTCOPY,        /* switched to as soon as it has started */
+    SPARSE_FILE,
+    SPARSE_SNAPSHOT,        /* capability background-snapshot, into a file */
+} SparseTransport;
 
-/* Returns what each of @pages pages is to be, as PageKind */
-uint8_t *sparse_pattern_new(SparsePattern pattern, uint64_t pages);
+/* How one guest becomes the other */
+typedef struct SparseWay {
+    const char *name;
+    SparseTransport transport;
+    /* If it is not TCP */
+    const char *uri;
+    /* Of both sides; parameters are "NAME VALUE" */
+    const char *capabilities[5];
+    const char *parameters[4];
+    /* Bytes a second, with the least downtime; if 0, as fast as possible */
+    uint64_t bandwidth;
+    /* NULL, or why it cannot be had here, and what else both sides need */
+    const char *(*skip_reason)(void);
+    void (*set_up)(SparseGuests *guests);
+} SparseWay;
 
-/* Make the content of one page; no two pages of data are the same */
-void sparse_pattern_page(uint64_t *buf, const uint8_t *kinds, uint64_t page,
-                         uint64_t page_size);
+extern const SparseWay sparse_precopy, sparse_multifd, sparse_postcopy,
+                       sparse_mapped_ram, sparse_runs;
 
-/* Where the RAM of a guest comes from */
-typedef enum SparseBackend {
-    BACKEND_MEMFD,
-    BACKEND_MEMFD_PRIVATE,
-    BACKEND_MEMFD_SEALABLE,     /* a memfd of ours, opened by QEMU as a file */
-    BACKEND_HUGETLB,
-    BACKEND_SHM_FILE,           /* a file of ours in /dev/shm */
-    BACKEND_SHM_FILE_OFFSET,    /* the same, and the RAM is not at its start */
-    BACKEND_SHM,
-    BACKEND_RAM,
-    BACKEND_RAM_SHARED,
-    BACKEND_FILE,               /* the file of guest_ram_init_file() */
-    BACKEND_HUGETLB_FILE,       /* the same, on hugetlbfs */
-} SparseBackend;
+/* What is allocated afterwards */
+typedef enum SparseAllocation {
+    SPARSE_DEFAULT,         /* source: SPARSE_KEPT, destination: SPARSE_DATA */
+    SPARSE_KEPT,            /* what was before, and the pages with data */
+    SPARSE_RELEASED,        /* the same at most */
+    SPARSE_DATA,            /* the pages with data, and no other */
+    SPARSE_FULL,            /* all pages */
+    SPARSE_GROWS,           /* more than before */
+    SPARSE_ANY,
+} SparseAllocation;
 
-/*
- * Until the end of this test, no other program that asks for this lock, as the
- * tests do, takes huge pages: those that are free now are still free when a
- * guest wants them.
- */
-void sparse_lock_huge_pages(void);
+typedef enum SparseHoles {
+    HOLES_COUNTED,          /* all of the source, and there are no others */
+    HOLES_NOT_COUNTED,
+    HOLES_ANY,
+} SparseHoles;
 
-/*
- * Returns why the backend cannot be had twice on this host, or NULL.  Takes the
- * lock if it has huge pages.
- */
-const char *sparse_backend_skip_reason(SparseBackend backend);
+typedef struct SparseExpect {
+    SparseAllocation src;
+    SparseAllocation dst;
+    SparseHoles holes;
+    /* Zero pages take no space in the file */
+    bool sparse_file;
+    /* Nothing is in the log */
+    bool quiet;
+} SparseExpect;
 
-/* The RAM of one QEMU: a file, or a range of /proc/PID/mem */
-typedef struct GuestRam {
+typedef struct SparseRow {
+    /* Path below /migration/sparse; %w is the way's name, %p the pattern's */
+    const char *name;
+    /* sparse_memfd if NULL; the source can have another one */
+    const SparseBackend *backend;
+    const SparseBackend *src_backend;
+    /* In bytes; the backend's if 0 */
+    uint64_t size;
+    /* If there is none: sparse_mixed, sparse_precopy */
+    const SparsePattern *patterns[8];
+    const SparseWay *ways[9];
+    /* More options of QEMU, and of the destination's -object */
+    const char *opts;
+    const char *src_opts;
+    const char *dst_opts;
+    const char *dst_object;
+    /* There is old data in the destination's RAM */
+    bool stale;
+    /* sparse_log() is wanted; stderr of the others is not; QMP capability */
+    bool log;
+    bool hide_stderr;
+    bool oob;
+    SparseExpect expect;
+
+    /* NULL, or why the test cannot run here */
+    const char *(*skip_reason)(void);
+    /* Change guests->kinds, before anything is written */
+    void (*shape)(SparseGuests *guests);
+    /* After all is written */
+    void (*prepare)(SparseGuests *guests);
+    /* What happens, instead of a migration */
+    void (*act)(SparseGuests *guests);
+    /* While it is migrated */
+    void (*during)(SparseGuests *guests);
+    /* What else is to be checked */
+    void (*check)(SparseGuests *guests);
+} SparseRow;
+
+/* The RAM of one QEMU */
+struct GuestRam {
+    const SparseBackend *backend;
     int fd;
-    /* The file that a private mapping hides, or -1 */
-    int private_fd;
-    /* Where the RAM begins in fd */
+    /* If fd is not the backend's file: that one, or -1 */
+    int file_fd;
+    /* Where it begins in fd */
     off_t start;
     uint64_t size;
     uint64_t page_size;
+    uint64_t pages;
     pid_t pid;
-    SparseBackend backend;
-    /* The name of the file while it has one */
-    char *path;
-} GuestRam;
+};
 
-/* Before QEMU is started: create the file, if it is not QEMU that does it */
-void guest_ram_init(GuestRam *ram, SparseBackend backend, uint64_t size);
+typedef struct GuestRamState {
+    uint64_t bytes;
+    /* NULL if the kernel does not tell */
+    unsigned long *pages;
+} GuestRamState;
 
-/* The same, with a file that the test has opened; @ram closes @fd */
-void guest_ram_init_file(GuestRam *ram, SparseBackend backend, uint64_t size,
-                         int fd);
+/* Two guests that do not run */
+struct SparseGuests {
+    QTestState *from;
+    QTestState *to;
+    GuestRam src;
+    GuestRam dst;
+    const SparseRow *row;
+    const SparseWay *way;
+    /* PageKind of the source's pages; NULL: only compare the two sides */
+    uint8_t *kinds;
+    GuestRamState src_before;
+    GuestRamState dst_before;
+    /* Where a way through a file has its file */
+    char *file;
+    char *log_path;
+    off_t log_start;
+};
 
-/* The options that give a guest this RAM; @object_opts is NULL or ",..." */
-char *guest_ram_opts(const GuestRam *ram, const char *object_opts);
+extern MigrationTestEnv *sparse_env;
 
-/* Once QEMU runs: get hold of its RAM */
+void sparse_add_rows(const SparseRow *rows, size_t n);
+
+/*
+ * The steps of a row, for tests that need them one by one.  Those that return
+ * bool return false if the test has to be skipped, after saying why.  After
+ * sparse_start() has returned true, sparse_end() is due.
+ */
+bool sparse_start(SparseGuests *guests, const SparseRow *row);
+bool sparse_set_way(SparseGuests *guests, const SparseWay *way);
+void sparse_prepare(SparseGuests *guests, const SparsePattern *pattern);
+/* @during: NULL, or called in the middle */
+void sparse_migrate(SparseGuests *guests, void (*during)(SparseGuests *));
+void sparse_check(SparseGuests *guests);
+void sparse_end(SparseGuests *guests);
+
+/* All of them */
+void sparse_run(const SparseRow *row, const SparseWay *way,
+                const SparsePattern *pattern);
+
+/* What the destination has written to stderr since sparse_prepare() */
+char *sparse_log(SparseGuests *guests);
+
+/* Give HMP a command that is silent if it succeeds; false: see above */
+bool sparse_try(QTestState *who, const char *format, ...) G_GNUC_PRINTF(2, 3);
+/* Switch a capability on, on both sides */
+void sparse_set_both(const SparseGuests *guests, const char *capability);
+
+uint8_t *sparse_pattern_new(const SparsePattern *pattern, uint64_t pages);
+/* Make the content of one page; no two pages of data are the same */
+void sparse_pattern_page(uint64_t *buf, const uint8_t *kinds, uint64_t page,
+                         uint64_t page_size);
+uint64_t sparse_count(const uint8_t *kinds, uint64_t pages, PageKind kind);
+unsigned long *sparse_data_pages(const uint8_t *kinds, uint64_t pages);
+
+/* Nobody else who asks for this lock takes huge pages while the test runs */
+void sparse_lock_huge_pages(void);
+
+/* Before QEMU is started; false if the file cannot be had */
+bool guest_ram_init(GuestRam *ram, const SparseBackend *backend, uint64_t size);
+/* The options that give a guest this RAM; @object is NULL or ",..." */
+char *guest_ram_opts(const GuestRam *ram, const char *object);
+/* Once QEMU runs */
 void guest_ram_open(GuestRam *ram, QTestState *who);
 void guest_ram_close(GuestRam *ram);
 
-/* Whether the content is that of a file, and not private to the process */
-bool guest_ram_is_file(const GuestRam *ram);
-
-uint64_t guest_ram_pages(const GuestRam *ram);
 void guest_ram_read_page(const GuestRam *ram, uint64_t page, void *buf);
 void guest_ram_write_page(const GuestRam *ram, uint64_t page, const void *buf);
-
-/* Make all of the RAM a hole; only for RAM in a file */
+/* Make all of it a hole */
 void guest_ram_punch(const GuestRam *ram);
-
 /* Write the pages that are not to be holes */
 void guest_ram_prepare(const GuestRam *ram, const uint8_t *kinds);
-
-/*
- * Leave old data in runs of pages that start and end in another place of the
- * source's pattern each time.
- */
+/* Leave old data in runs that start and end elsewhere in a pattern each time */
 void guest_ram_make_stale(const GuestRam *ram);
 
+uint64_t guest_ram_file_bytes(int fd);
 uint64_t guest_ram_allocated_bytes(const GuestRam *ram);
-
-/* Say what is allocated on both sides; @before is that of the source */
-void guest_ram_report(const GuestRam *src, const GuestRam *dst,
-                      uint64_t before);
-
-/*
- * The pages that are allocated, or NULL if this cannot be told: there is no
- * file, or it is one of hugetlbfs, which says that all of it is data.
- */
+/* NULL if the kernel does not tell; hugetlbfs says that all of it is data */
 unsigned long *guest_ram_allocated_pages(const GuestRam *ram);
-
-/*
- * The unit in which the kernel allocates the RAM.  With transparent huge
- * pages, those around a page with data can be allocated together with it.
- */
+/* With transparent huge pages, pages are allocated together */
 uint64_t guest_ram_allocation_unit(const GuestRam *ram);
-
-/* Is a page of @pages in the allocation unit that @page is in? */
-bool guest_ram_unit_has_any(const GuestRam *ram, const unsigned long *pages,
-                            uint64_t page, uint64_t unit_pages);
-
-/*
- * The pages that make the allocation unit that they are in an allocated one:
- * those with data, and what was in a huge page before, which need not be split
- */
-unsigned long *guest_ram_anchors(const GuestRam *ram,
-                                 const unsigned long *data,
-                                 const unsigned long *before);
-
-/* The most that may be allocated when zero pages are holes */
-uint64_t guest_ram_max_allocated_bytes(const GuestRam *ram,
-                                       const unsigned long *anchors);
-
-/*
- * Compare the pages [@first, @last) of both sides, and those that were
- * prepared with what they were prepared with.
- *
- * Returns the pages that are not zero.
- */
-unsigned long *guest_ram_check_content(const GuestRam *src, const GuestRam *dst,
-                                       const uint8_t *kinds, uint64_t first,
-                                       uint64_t last);
-
-/* Compare all pages with the pattern; holes have to read as zero */
-void guest_ram_check_pattern(const GuestRam *ram, const uint8_t *kinds);
-
-/* What is allocated at one time */
-typedef struct GuestRamState {
-    uint64_t bytes;
-    unsigned long *pages;
-} GuestRamState;
+/* Add the pages that are in an allocation unit with one of @pages */
+void guest_ram_extend_to_units(const GuestRam *ram, unsigned long *pages);
+/* How much of a file has data, in bytes */
+uint64_t sparse_file_bytes(const char *path);
 
 void guest_ram_state_take(GuestRamState *state, const GuestRam *ram);
 void guest_ram_state_clear(GuestRamState *state);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(GuestRamState, guest_ram_state_clear)
 
-typedef enum RamGrowth {
-    RAM_KEPT,           /* exactly the same pages are allocated as before */
-    RAM_RELEASED,       /* none that was not; pages may have been freed */
-    RAM_GROWS,
-} RamGrowth;
-
-/* Compare what is allocated to the pages [@first, @last) of @ram */
-void guest_ram_check_growth(const GuestRam *ram, const GuestRamState *before,
-                            const GuestRamState *after, RamGrowth expect,
-                            uint64_t first, uint64_t last);
-
-typedef enum HoleCount {
-    HOLES_COUNTED,      /* all of @ram, and there are no others */
-    HOLES_NOT_COUNTED,
-    HOLES_ANY,
-} HoleCount;
-
-/* Check what query-migrate and "info migrate" say about holes */
-void check_hole_statistics(QTestState *from, const GuestRam *ram,
-                           const GuestRamState *before, const uint8_t *kinds,
-                           HoleCount expect);
-
-/* Two guests with RAM of the same kind */
-typedef struct GuestPair {
-    QTestState *from;
-    QTestState *to;
-    GuestRam src;
-    GuestRam dst;
-} GuestPair;
+/* @data: the pages that have data now, or NULL if that has not changed */
+void guest_ram_check_allocation(const GuestRam *ram, SparseAllocation expect,
+                                const GuestRamState *before,
+                                const unsigned long *data);
 
 /*
- * Start a guest that is stopped, and one that waits for it and does not start
- * by itself either.
- *
- * @opts are for both sides, @opts_target for the destination; each may be NULL
- *
- * Returns whether that was done; if not, it has been said why
+ * Compare all pages with the pattern, where holes have to read as zero; or, if
+ * @kinds is NULL, with those of @other.  Returns the pages that are not zero.
  */
-bool guest_pair_start(GuestPair *pair, SparseBackend backend, uint64_t size,
-                      const char *opts, const char *opts_target);
-void guest_pair_end(GuestPair *pair);
-
-/*
- * Compare what an ELF dump has of the main memory with the pattern @kinds; of
- * the main memory only what is RAM at the reset of a PC
- */
-void check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
-                    const char *path);
-
-/* What a QEMU has printed to a file, which is removed */
-char *take_stderr(const char *path);
-
-/*
- * Switch a capability on if QEMU and the host have it, and it goes with the
- * others.
- *
- * Returns whether that was done; if not, the test is skipped, with what QEMU
- * says
- */
-bool migrate_try_capability(QTestState *who, const char *name);
-
-/* Switch a capability on, on both sides */
-void migrate_set_both_capability(QTestState *from, QTestState *to,
-                                 const char *name);
-
-/*
- * Let precopy be so slow that it cannot be over before postcopy has started,
- * if there are thousands of holes or some data to send
- */
-void migrate_ensure_postcopy(QTestState *from);
-
-/* After a migration: postcopy must have sent something */
-void check_postcopy(QTestState *from);
-
-/* Switch multifd on, on both sides, with a good many channels */
-void migrate_set_multifd(QTestState *from, QTestState *to);
-
-/* Add the tests of sparse-modes-tests.c */
-void migration_test_add_sparse_modes(MigrationTestEnv *the_env);
-
-/* Add the tests of sparse-hostile-tests.c */
-void migration_test_add_sparse_hostile(MigrationTestEnv *env);
-/* Add the tests of sparse-device-tests.c */
-void migration_test_add_sparse_devices(MigrationTestEnv *the_env);
-
-/* Add the tests of sparse-error-tests.c */
-void migration_test_add_sparse_errors(MigrationTestEnv *the_env);
+unsigned long *guest_ram_content(const GuestRam *ram, const GuestRam *other,
+                                 const uint8_t *kinds);
+void guest_ram_check_pattern(const GuestRam *ram, const uint8_t *kinds);
 
 #endif /* SPARSE_UTIL_H */

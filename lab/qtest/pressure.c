@@ -1,0 +1,378 @@
+/*
+ * QTest testcases for sparse guest RAM: a destination that is short of memory
+ *
+ * The destination is put into a memory cgroup that has room for the guest's
+ * data and for QEMU, but not for all of the guest's RAM.  Should it need more,
+ * the kernel kills it, and nothing else: the limit is that of the cgroup, and
+ * there is no other process in it.
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include <sys/wait.h>
+
+#include "libqtest.h"
+#include "migration/migration-qmp.h"
+#include "migration/migration-util.h"
+#include "sparse-lab.h"
+
+#define PRESSURE_SIZE (1 * GiB)
+
+/* Runs of data as large as a huge page, so that THP make no more of it */
+#define DATA_RUN (2 * MiB)
+#define DATA_DISTANCE (64 * MiB)
+#define DATA_BYTES (PRESSURE_SIZE / DATA_DISTANCE * DATA_RUN)
+
+/* The data, QEMU itself, and what the kernel needs for both */
+#define PRESSURE_LIMIT (DATA_BYTES + 256 * MiB)
+
+static const SparseWay runs = {
+    .name = "sparse-ram", .capabilities = { "sparse-ram" },
+};
+static const SparseWay postcopy_preempt = {
+    .name = "postcopy-preempt",
+    .transport = SPARSE_POSTCOPY,
+    .capabilities = { "postcopy-ram", "postcopy-preempt" },
+};
+
+/* The files of a memory cgroup, in either version of the interface */
+typedef struct CgroupFiles {
+    const char *limit;
+    /* NULL: the version has none */
+    const char *peak;
+    /* Has a line "oom_kill N" */
+    const char *events;
+    /* What keeps memory from being swapped out instead */
+    const char *swap;
+    /* NULL: the same as the limit */
+    const char *swap_value;
+} CgroupFiles;
+
+static const CgroupFiles cgroup_v1 = {
+    .limit = "memory.limit_in_bytes",
+    .peak = "memory.max_usage_in_bytes",
+    .events = "memory.oom_control",
+    .swap = "memory.memsw.limit_in_bytes",
+};
+
+static const CgroupFiles cgroup_v2 = {
+    .limit = "memory.max",
+    .peak = "memory.peak",
+    .events = "memory.events",
+    .swap = "memory.swap.max",
+    .swap_value = "0",
+};
+
+/* A cgroup of ours; path is NULL if there is none */
+typedef struct Cgroup {
+    const CgroupFiles *files;
+    char *path;
+} Cgroup;
+
+static bool cgroup_write(const Cgroup *cgroup, const char *file,
+                         const char *value)
+{
+    g_autofree char *path = g_build_filename(cgroup->path, file, NULL);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    bool ok = fd >= 0 && write(fd, value, strlen(value)) == strlen(value);
+
+    if (fd >= 0) {
+        close(fd);
+    }
+    return ok;
+}
+
+/* Returns the content of a file of the cgroup, or NULL */
+static char *cgroup_read(const Cgroup *cgroup, const char *file)
+{
+    g_autofree char *path = g_build_filename(cgroup->path, file, NULL);
+    char *content = NULL;
+
+    return g_file_get_contents(path, &content, NULL, NULL) ? content : NULL;
+}
+
+/* How many processes of the cgroup were killed because it is full */
+static uint64_t cgroup_oom_kills(const Cgroup *cgroup)
+{
+    g_autofree char *events = cgroup_read(cgroup, cgroup->files->events);
+    g_auto(GStrv) lines = g_strsplit(events ? events : "", "\n", -1);
+    int i;
+
+    for (i = 0; lines[i]; i++) {
+        uint64_t kills;
+
+        if (sscanf(lines[i], "oom_kill %" SCNu64, &kills) == 1) {
+            return kills;
+        }
+    }
+    g_assert_not_reached();
+}
+
+/* Also called if the test fails, when the process in it has been killed */
+static void cgroup_remove(void *opaque)
+{
+    Cgroup *cgroup = opaque;
+
+    if (cgroup->path && rmdir(cgroup->path) != 0) {
+        fprintf(stderr, "%s is left behind: %s\n", cgroup->path,
+                strerror(errno));
+    }
+    g_clear_pointer(&cgroup->path, g_free);
+}
+
+/* Whether a process of this user may be moved there: let a new one try */
+static bool cgroup_accepts_processes(const Cgroup *cgroup)
+{
+    int status = 1;
+    pid_t pid = fork();
+
+    if (pid == 0) {
+        _exit(cgroup_write(cgroup, "cgroup.procs", "0") ? 0 : 1);
+    }
+    return pid > 0 && waitpid(pid, &status, 0) == pid && status == 0;
+}
+
+/* Make one in the directory of another one */
+static bool cgroup_make_in(Cgroup *cgroup, const char *parent, uint64_t limit)
+{
+    g_autofree char *value = g_strdup_printf("%" PRIu64, limit);
+    g_autofree char *events = NULL;
+
+    cgroup->path = g_strdup_printf("%s/qemu-sparse-test-%d", parent, getpid());
+    if (mkdir(cgroup->path, 0755) != 0) {
+        g_clear_pointer(&cgroup->path, g_free);
+        return false;
+    }
+    qtest_add_abrt_handler(cgroup_remove, cgroup);
+    events = cgroup_read(cgroup, cgroup->files->events);
+    if (events && strstr(events, "oom_kill ") &&
+        cgroup_write(cgroup, cgroup->files->limit, value) &&
+        cgroup_accepts_processes(cgroup)) {
+        /* Kernels without swap do not have it */
+        cgroup_write(cgroup, cgroup->files->swap,
+                     cgroup->files->swap_value ?: value);
+        return true;
+    }
+    cgroup_remove(cgroup);
+    qtest_remove_abrt_handler(cgroup);
+    return false;
+}
+
+/*
+ * Where the hierarchy of a cgroup version is mounted, or NULL.
+ * @root: set to the cgroup that the mount shows as its root
+ */
+static char *cgroup_mount(bool v2, char **root)
+{
+    g_autofree char *mounts = NULL;
+    g_auto(GStrv) lines = NULL;
+    int i;
+
+    if (!g_file_get_contents("/proc/self/mountinfo", &mounts, NULL, NULL)) {
+        return NULL;
+    }
+    lines = g_strsplit(mounts, "\n", -1);
+    for (i = 0; lines[i]; i++) {
+        g_auto(GStrv) halves = g_strsplit(lines[i], " - ", 2);
+        char in_cgroup[PATH_MAX], where[PATH_MAX], type[32], options[1024];
+
+        QEMU_BUILD_BUG_ON(PATH_MAX < 4096);
+        if (!halves[0] || !halves[1] ||
+            sscanf(halves[0], "%*s %*s %*s %4095s %4095s", in_cgroup,
+                   where) != 2 ||
+            sscanf(halves[1], "%31s %*s %1023s", type, options) != 2) {
+            continue;
+        }
+        if (v2 ? g_str_equal(type, "cgroup2")
+               : g_str_equal(type, "cgroup") && strstr(options, "memory")) {
+            *root = g_strdup(in_cgroup);
+            return g_strdup(where);
+        }
+    }
+    return NULL;
+}
+
+/* The cgroup of this process that limits its memory, or NULL */
+static char *own_cgroup(bool *v2)
+{
+    g_autofree char *content = NULL;
+    g_auto(GStrv) lines = NULL;
+    char *path = NULL;
+    int i;
+
+    if (!g_file_get_contents("/proc/self/cgroup", &content, NULL, NULL)) {
+        return NULL;
+    }
+    lines = g_strsplit(content, "\n", -1);
+    for (i = 0; lines[i]; i++) {
+        g_auto(GStrv) fields = g_strsplit(lines[i], ":", 3);
+        g_auto(GStrv) controllers = NULL;
+
+        if (g_strv_length(fields) != 3) {
+            continue;
+        }
+        controllers = g_strsplit(fields[1], ",", -1);
+        if (g_strv_contains((const char *const *)controllers, "memory")) {
+            g_free(path);
+            *v2 = false;
+            return g_strdup(fields[2]);
+        }
+        if (g_str_equal(fields[0], "0")) {
+            g_free(path);
+            *v2 = true;
+            path = g_strdup(fields[2]);
+        }
+    }
+    return path;
+}
+
+/*
+ * Make a cgroup that limits memory.  With version 2, a cgroup that has
+ * processes cannot have children with limits, so that it will be one next to
+ * that of this process, or next to an ancestor of it.
+ */
+static bool cgroup_make(Cgroup *cgroup, uint64_t limit)
+{
+    bool v2 = false;
+    g_autofree char *root = NULL;
+    g_autofree char *own = own_cgroup(&v2);
+    g_autofree char *mount = own ? cgroup_mount(v2, &root) : NULL;
+    const char *below = own;
+    char *path;
+    bool made;
+
+    *cgroup = (Cgroup) { .files = v2 ? &cgroup_v2 : &cgroup_v1 };
+    if (!mount || strstr(own, "/..")) {
+        return false;
+    }
+    if (!g_str_equal(root, "/") && !g_str_has_prefix(own, root)) {
+        return false;
+    }
+    if (!g_str_equal(root, "/")) {
+        below += strlen(root);
+    }
+
+    path = g_build_filename(mount, below, NULL);
+    made = cgroup_make_in(cgroup, path, limit);
+    while (!made && strlen(path) > strlen(mount)) {
+        char *parent = g_path_get_dirname(path);
+
+        g_free(path);
+        path = parent;
+        made = cgroup_make_in(cgroup, path, limit);
+    }
+    g_free(path);
+    return made;
+}
+
+static void cgroup_add_process(const Cgroup *cgroup, pid_t pid)
+{
+    g_autofree char *value = g_strdup_printf("%d", pid);
+
+    g_assert(cgroup_write(cgroup, "cgroup.procs", value));
+}
+
+/* Runs of data, far from each other */
+static PageKind pressure_kind(uint64_t page, uint64_t pages)
+{
+    return page * (PRESSURE_SIZE / pages) % DATA_DISTANCE < DATA_RUN
+        ? PAGE_DATA : PAGE_HOLE;
+}
+
+static const SparsePattern pressure_pattern = { "pressure", pressure_kind };
+
+/* Wait until the source is done, or the destination is dead */
+static void wait_for_either(QTestState *from, QTestState *to)
+{
+    int64_t start = g_get_monotonic_time();
+
+    while (qtest_probe_child(to)) {
+        g_autofree char *status = migrate_query_status(from);
+
+        /* Postcopy pauses when it has lost the destination */
+        if (g_str_equal(status, "completed") ||
+            g_str_equal(status, "failed") ||
+            g_str_equal(status, "postcopy-paused")) {
+            return;
+        }
+        g_assert_cmpint(g_get_monotonic_time() - start, <, LAB_TIMEOUT);
+        g_usleep(10 * 1000);
+    }
+}
+
+static void test_pressure(const void *opaque)
+{
+    static const SparseRow row = { .size = PRESSURE_SIZE };
+    const SparseWay *way = opaque;
+    g_autofree char *peak = NULL;
+    SparseGuests guests;
+    Cgroup cgroup;
+
+    /*
+     * Before QEMU is started: should the test fail, what was made first is
+     * removed last, when the process in it is gone.
+     */
+    if (!cgroup_make(&cgroup, PRESSURE_LIMIT)) {
+        g_test_skip("no cgroup with a memory limit can be made (needs root, or "
+                    "a cgroup delegated with its memory controller)");
+        return;
+    }
+    if (!sparse_start(&guests, &row)) {
+        goto out;
+    }
+    cgroup_add_process(&cgroup, qtest_pid(guests.to));
+    if (!sparse_set_way(&guests, way)) {
+        goto end;
+    }
+    sparse_prepare(&guests, &pressure_pattern);
+    migrate_incoming_qmp(guests.to, "tcp:127.0.0.1:0", NULL, "{}");
+    if (way->transport == SPARSE_POSTCOPY) {
+        migrate_set_parameter_int(guests.from, "max-bandwidth", 4 * KiB);
+        migrate_set_parameter_int(guests.from, "downtime-limit", 1);
+    } else {
+        migrate_ensure_converge(guests.from);
+    }
+    migrate_qmp(guests.from, guests.to, NULL, NULL, "{}");
+    if (way->transport == SPARSE_POSTCOPY) {
+        qtest_qmp_assert_success(guests.from,
+                                 "{ 'execute': 'migrate-start-postcopy' }");
+    }
+    wait_for_either(guests.from, guests.to);
+    g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
+    wait_for_migration_complete(guests.from);
+    wait_for_migration_complete(guests.to);
+
+    peak = cgroup_read(&cgroup, cgroup.files->peak);
+    g_test_message("of %" PRIu64 " bytes the destination has used %s",
+                   (uint64_t)PRESSURE_LIMIT, peak ? peak : "(unknown)");
+    g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
+    if (way->transport == SPARSE_POSTCOPY) {
+        g_assert_cmpint(read_ram_property_int(guests.from, "postcopy-bytes"),
+                        >, 0);
+    }
+    sparse_check(&guests);
+end:
+    sparse_end(&guests);
+out:
+    cgroup_remove(&cgroup);
+    qtest_remove_abrt_handler(&cgroup);
+}
+
+void lab_add_pressure(void)
+{
+    static const SparseWay *const ways[] = {
+        &sparse_precopy, &lab_xbzrle, &sparse_multifd, &lab_multifd_legacy,
+        &runs, &sparse_postcopy, &postcopy_preempt,
+    };
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(ways); i++) {
+        g_autofree char *name = g_strdup_printf("pressure/%s", ways[i]->name);
+
+        lab_add_test(name, ways[i], test_pressure);
+    }
+}

@@ -1,0 +1,78 @@
+/*
+ * QTest helpers for the tests that stay with the sparse-ram project
+ *
+ * Copyright (c) 2026 the sparse-ram project
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef SPARSE_LAB_H
+#define SPARSE_LAB_H
+
+#include "migration/sparse-util.h"
+
+/* What is below the first MiB of a PC is RAM only up to here */
+#define PC_BASE_MEMORY_END (640 * KiB)
+
+/* For what takes its time, in microseconds */
+#define LAB_TIMEOUT (120 * G_USEC_PER_SEC)
+
+extern const SparseBackend
+    lab_private,            /* a memfd, whose copies in the process count */
+    lab_ram,
+    lab_ram_shared,
+    lab_shm,
+    lab_shm_file_offset;    /* the RAM is not at the start of the file */
+
+/* Open what a process has of its own; what is allocated there */
+void lab_open_private(GuestRam *ram, QTestState *who);
+uint64_t lab_private_bytes(const GuestRam *ram);
+/* Old data in the file of the destination, and in copies of its own */
+void lab_make_private_stale(SparseGuests *guests);
+
+extern const SparsePattern lab_alternate, lab_dense, lab_runs, lab_ends,
+                           lab_zeroed, lab_long_holes;
+
+extern const SparseWay lab_multifd_legacy, lab_xbzrle, lab_file,
+                       lab_mapped_ram_multifd, lab_mapped_ram_direct,
+                       lab_mapped_ram_none, lab_snapshot, lab_preempt;
+
+#define ALL_PRECOPY \
+    { &sparse_precopy, &sparse_multifd, &lab_multifd_legacy, &lab_xbzrle }
+#define ALL_MAPPED \
+    &sparse_mapped_ram, &lab_mapped_ram_multifd, &lab_mapped_ram_direct
+#define ALL_FILES { &lab_file, ALL_MAPPED }
+
+/* Count the lines of a log that have both texts */
+unsigned lab_count_lines(const char *log, const char *text, const char *more);
+
+/* Wait for query-migrate's status; unlike the framework, only so long */
+void lab_wait_for_status(QTestState *who, const char *goal);
+
+/* As long as devices are being loaded, QEMU ends if anything is wrong */
+void lab_wait_for_devices(QTestState *to);
+
+/* Wait for a dump to end, but no longer than @timeout us; whether it has */
+bool lab_wait_for_dump(QTestState *who, int64_t timeout);
+
+/* Compare what an ELF dump has of the RAM of a PC with the pattern */
+void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
+                        const char *path);
+
+void lab_add_test(const char *name, const void *data,
+                  void (*test)(const void *));
+
+/* From sparse-writer.S: the end of a ROM, with the processor's entry point */
+extern const uint8_t sparse_writer[], sparse_writer_end[];
+
+void lab_add_rows(void);
+void lab_add_readers(void);
+void lab_add_capability(void);
+void lab_add_hostile(void);
+void lab_add_devices(void);
+void lab_add_postcopy(void);
+void lab_add_errors(void);
+void lab_add_pressure(void);
+void lab_add_stress(void);
+
+#endif /* SPARSE_LAB_H */
