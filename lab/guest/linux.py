@@ -7,6 +7,7 @@ fetched by scripts/get-guest, the initramfs is made when it is needed.
 
 import glob
 import gzip
+import lzma
 import os
 import re
 import socket
@@ -29,8 +30,7 @@ LOAD_SOURCE = os.path.join(ROOT, 'lab/guest/guest-load.c')
 
 _UNAVAILABLE = 77               # exit status of get-guest
 
-# In the order in which they can be loaded; those that a kernel has built in
-# are missing from its modules
+# In the order in which they can be loaded; a kernel may have some built in
 _MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev',
             'virtio_pci_modern_dev', 'virtio_pci', 'virtio_balloon',
             'rng-core', 'virtio-rng')
@@ -101,14 +101,53 @@ class Load:
     pages: int = 2000
 
 
-def _modules(kernel: str) -> Dict[str, bytes]:
-    """Name in the initramfs and content of the modules that are needed."""
+def _lib_modules(package: str) -> str:
+    """Where an unpacked kernel has its modules: below usr since Debian 13."""
+    found = glob.glob(f'{package}/lib/modules/*') + glob.glob(
+        f'{package}/usr/lib/modules/*')
+    if len(found) != 1:
+        raise UserError(f'{package} has modules of {len(found)} kernels instead '
+                        'of one')
+    return found[0]
+
+
+def _read_module(path: str) -> bytes:
+    return lzma.open(path).read() if path.endswith('.xz') else _read(path)
+
+
+def modules(package: str, names: Sequence[str]) -> Dict[str, bytes]:
+    """Name in the initramfs and content of those modules that the unpacked
+    kernel has; the others have to be built in.
+    """
+    directory = _lib_modules(package)
+    with open(f'{directory}/modules.builtin', encoding='utf-8') as file:
+        builtin = {os.path.basename(line)[:-len('.ko\n')].replace('-', '_')
+                   for line in file}
     found = {}
-    for name in _MODULES:
-        pattern = f'{kernel}/lib/modules/*/kernel/**/{name}.ko'
-        for path in glob.glob(pattern, recursive=True):
-            found[f'{name}.ko'] = _read(path)
+    for name in names:
+        paths = glob.glob(f'{directory}/kernel/**/{name}.ko*', recursive=True)
+        if paths:
+            found[f'{name}.ko'] = _read_module(paths[0])
+        elif name.replace('-', '_') not in builtin:
+            raise UserError(f'{directory} has no module {name}')
     return found
+
+
+def kernel(guest: str) -> str:
+    """The one that get-guest has unpacked: not in boot since Linux 7."""
+    found = glob.glob(f'{guest}/kernel/boot/vmlinuz-*') + glob.glob(
+        f'{guest}/kernel/usr/lib/modules/*/vmlinuz')
+    if len(found) != 1:
+        raise UserError(f'{guest}/kernel has {len(found)} kernels instead of '
+                        f'one: remove {guest}')
+    return found[0]
+
+
+def busybox(guest: str) -> bytes:
+    """The program: below usr since Debian 13."""
+    return _read(next(path for path in (f'{guest}/busybox/bin/busybox',
+                                        f'{guest}/busybox/usr/bin/busybox')
+                      if os.path.exists(path)))
 
 
 def _make_initramfs(path: str, load: Load) -> None:
@@ -118,22 +157,21 @@ def _make_initramfs(path: str, load: Load) -> None:
                         '-o', program, LOAD_SOURCE], check=True)
     except (OSError, subprocess.CalledProcessError) as err:
         raise UserError(f'{LOAD_SOURCE} could not be compiled: {err}') from err
-    modules = _modules(f'{GUEST}/kernel')
-    init = _INIT.format(modules=' '.join(modules), workers=load.workers,
+    drivers = modules(f'{GUEST}/kernel', _MODULES)
+    init = _INIT.format(modules=' '.join(drivers), workers=load.workers,
                         mib=load.mib, pages=load.pages)
     archive = cpio_archive(
         [cpio_entry(name, 0o040755)
          for name in ('dev', 'proc', 'sys', 'bin')]
         + [cpio_entry('dev/console', 0o020600, device=(5, 1)),
-           cpio_entry('bin/busybox', 0o100755,
-                      _read(f'{GUEST}/busybox/bin/busybox')),
+           cpio_entry('bin/busybox', 0o100755, busybox(GUEST)),
            cpio_entry('bin/sh', 0o120777, b'busybox'),
            cpio_entry('bin/mount', 0o120777, b'busybox'),
            cpio_entry('bin/insmod', 0o120777, b'busybox'),
            cpio_entry('guest-load', 0o100755, _read(program)),
            cpio_entry('init', 0o100755, init.encode('ascii'))]
         + [cpio_entry(name, 0o100644, data)
-           for name, data in modules.items()])
+           for name, data in drivers.items()])
     with open(path, 'wb') as file:
         file.write(gzip.compress(archive, compresslevel=1))
 
@@ -150,13 +188,9 @@ def prepare(load: Load, directory: str) -> List[str]:
         raise Unavailable(result.stderr.strip().rpartition('\n')[2])
     if result.returncode:
         raise UserError(result.stderr.strip())
-    kernels = glob.glob(f'{GUEST}/kernel/boot/vmlinuz-*')
-    if len(kernels) != 1:
-        raise UserError(f'{GUEST}/kernel/boot has {len(kernels)} kernels '
-                        'instead of one: remove build/guest')
     initramfs = os.path.join(directory, 'initramfs')
     _make_initramfs(initramfs, load)
-    return ['-kernel', kernels[0], '-initrd', initramfs,
+    return ['-kernel', kernel(GUEST), '-initrd', initramfs,
             '-append', _COMMAND_LINE]
 
 

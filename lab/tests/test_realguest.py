@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Tests of what makes and watches a real guest; none is started."""
 
+import lzma
 import os
 import tempfile
 import time
 import unittest
 
+from lab import UserError
 from lab.guest import __main__ as real_guest, linux
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.tests import Memfd
@@ -95,6 +97,36 @@ class LostWrites(unittest.TestCase):
         self.assertEqual([ram.page(number) for number in range(len(pages))],
                          [bytes(PAGE_SIZE), bytes(PAGE_SIZE), other,
                           bytes(PAGE_SIZE), load_page(5)])
+
+
+class ModulesTest(unittest.TestCase):
+    """Modules of a kernel that was unpacked."""
+
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.package = directory.name
+        self.drivers = f'{self.package}/usr/lib/modules/6.12/kernel/drivers'
+        os.makedirs(self.drivers)
+        with open(f'{self.drivers}/../../modules.builtin', 'w',
+                  encoding='utf-8') as file:
+            file.write('kernel/drivers/virtio/virtio_ring.ko\n')
+
+    def test_found(self) -> None:
+        """Compressed or not, and those that are built in are left out."""
+        with lzma.open(f'{self.drivers}/virtio_balloon.ko.xz', 'w') as file:
+            file.write(b'balloon')
+        with open(f'{self.drivers}/virtio-rng.ko', 'wb') as file:
+            file.write(b'rng')
+        self.assertEqual(
+            linux.modules(self.package, ('virtio-ring', 'virtio_balloon',
+                                             'virtio-rng')),
+            {'virtio_balloon.ko': b'balloon', 'virtio-rng.ko': b'rng'})
+
+    def test_missing(self) -> None:
+        """A module that is nowhere is not left out silently."""
+        with self.assertRaisesRegex(UserError, 'no module virtio_balloon'):
+            linux.modules(self.package, ('virtio_balloon',))
 
 
 class Complaints(unittest.TestCase):
