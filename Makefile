@@ -20,7 +20,7 @@ BASE ?= $(shell cat patches/default)
 export BASE
 
 # What "make help" leaves out, besides all that is in brackets.
-rare = deps source check-qemu check-old-new check-sanitize faults check-mutations \
+rare = deps source install check-build check-qemu check-old-new check-sanitize faults check-mutations \
        check-guests real-guest fuzz fuzz-ram random plot port check-series dsc distclean
 short = if (index(rare, " " $$1 " ")) next; sub(/ [(].*|: .*,.*/, "", $$2);
 
@@ -34,6 +34,7 @@ endef
 .PHONY: help
 help: ## Print what is needed most
 	@echo "Usage: make TARGET [BASE=SERIES] [QEMU_SRC=DIR] [CC=COMPILER] [JOBS=N]"
+	@echo "       [CONFIGURE_ARGS=OPTIONS]"
 	$(call targets,$(short))
 	@echo
 	@echo "BASE is the QEMU series, one of: $(notdir $(patsubst %/suites,%,$(wildcard patches/*/suites))) (default: $(file <patches/default))."
@@ -60,8 +61,12 @@ qemu: deps ## Build the patched QEMU: build/BASE/patched/qemu-system-x86_64
 stock: deps ## Build the same QEMU without the patches: build/BASE/stock/
 	@scripts/build-qemu stock
 
+.PHONY: install
+install: qemu ## Install the patched QEMU and its tools: PREFIX=/opt/sparse-ram, DESTDIR=
+	@scripts/install-qemu
+
 .PHONY: demo
-demo: qemu stock ## Show a memfd guest migrating, with the patched and the stock QEMU
+demo: qemu stock ## Show a memfd guest migrating, patched and stock
 	@$(PYTHON) -m lab.demo
 
 .PHONY: check
@@ -77,7 +82,7 @@ check-unit: deps ## Run the unit tests, plain and with sanitizers (no QEMU neede
 	@$(PYTHON) -m lab.run_tests unit
 
 .PHONY: check-qtest
-check-qtest: test-binaries ## Run this project's migration tests, against patched and stock QEMU
+check-qtest: test-binaries ## Run this project's migration tests, patched and stock
 	@$(PYTHON) -m lab.run_tests qtest
 
 .PHONY: check-qemu
@@ -93,8 +98,12 @@ check-old-new: test-binaries ## Migrate between old and new QEMUs (also 7.2), co
 check-sanitize: test-binaries ## Run our migration tests with sanitizers, which takes two more builds (an hour)
 	@$(PYTHON) -m lab.run_tests asan tsan
 
+.PHONY: check-build
+check-build: deps ## Build all that QEMU's build makes, as Debian does and smaller (an hour; TARGETS=)
+	@scripts/check-build
+
 .PHONY: check-style
-check-style: source ## Check code, patches and scripts for style; run the scripts' tests
+check-style: source ## Check style of code, patches, scripts; run scripts' tests
 	@scripts/apply-series
 	@$(PYTHON) -m lab.run_tests scripts style
 
@@ -158,7 +167,7 @@ docs: source ## Build QEMU's manual with our pages; a warning is a failure
 	@scripts/build-docs
 
 .PHONY: edit
-edit: source ## Make a git tree, one commit a patch, to work in: build/BASE/edit
+edit: source ## Make a git tree, one commit a patch: build/BASE/edit
 	@scripts/edit-series
 
 .PHONY: save

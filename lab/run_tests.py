@@ -813,7 +813,7 @@ def style(report: Report) -> None:
     series = os.path.join(ROOT, 'patches/series')
 
     check('SPDX-License-Identifier', ', '.join(
-        shown(path) for path in [*code, *tools, *files_below('lab'), series]
+        shown(path) for path in [*code, *tools, series]
         if b'SPDX-License-Identifier: GPL-2.0-or-later'
         not in open(path, 'rb').read(2000)))
     # MAINTAINERS is told of new files where the series goes upstream.
@@ -821,7 +821,9 @@ def style(report: Report) -> None:
                   '--no-tree', '--no-signoff', '--quiet']
     for path in map(shown, code):
         # What stands in for QEMU's headers cannot use them, as it asks for.
-        if path.endswith(('.c', '.h')) and 'tests/standalone/' not in path:
+        # To checkpatch, what is not below tests/ is no test, and must not assert.
+        if path.endswith(('.c', '.h')) and \
+                not path.startswith(('tests/standalone/', 'lab/qtest/')):
             check_command(f'checkpatch {path}', [*checkpatch, '-f', path])
     for path in map(shown, patches):
         # One that only completes files of ours has no hunks.
@@ -833,6 +835,10 @@ def style(report: Report) -> None:
         if 'sh' in first_line(path).partition('#!')[2] or path.endswith('.sh'):
             check_if_installed(f'shellcheck {shown(path)}',
                                ['shellcheck', '-x', path])
+    check_command('awk', ['scripts/check-awk', 'Makefile',
+                          *(shown(path) for path in tools
+                            if 'sh' in first_line(path).partition('#!')[2]
+                            or path.endswith('.sh'))])
     for command in LINT:
         check_if_installed(' '.join(command), list(command))
 

@@ -171,3 +171,16 @@ link_tree()
     ln -sfn "$tree-tree/src" "$out/$tree-src"
     ln -sfn "$tree-tree/${build##*/}" "$out/$1"
 }
+
+# set_compiler TREE: sets cc to the compiler, called through ccache where there is
+# one. The two trees' compiler calls differ in nothing but the directory they are
+# made from: they share what was compiled.
+set_compiler()
+{
+    cc=${CC:-gcc}
+    if command -v ccache >/dev/null; then
+        cc="ccache $cc"
+        export CCACHE_BASEDIR=${CCACHE_BASEDIR:-$out/$1-tree}
+        export CCACHE_NOHASHDIR=${CCACHE_NOHASHDIR:-1}
+    fi
+}
