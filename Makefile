@@ -141,6 +141,10 @@ check-guests: test-binaries ## Stress all modes with guests that write, TCG and 
 real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GUEST_ARGS=--rounds 5)
 	@$(PYTHON) -m lab.guest $(REAL_GUEST_ARGS)
 
+.PHONY: check-stack
+check-stack: qemu ## Migrate with libvirt, virtiofsd and storage daemon in a Debian (minutes; STACK_ARGS=)
+	@scripts/check-stack $(STACK_ARGS)
+
 .PHONY: fuzz
 fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--seconds 600)
 	@$(PYTHON) -m lab.fuzz $(FUZZ_ARGS)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrate a guest between two Debians, with all that such guests have.
+
+A guest with a disk that qemu-storage-daemon serves and a directory that virtiofsd
+serves, both at work all the time, moves to and fro in QEMU's sandbox, between the
+patched QEMU and Debian's.  RAM of the patched side must not fill up, the guest must
+find nothing wrong, and all has to end.  scripts/check-stack starts this, in
+namespaces of its own.
+
+Exit status: 0 if all is as it should be; 1 if not; 77 if something is missing.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from typing import Callable, List, Sequence, Tuple
+
+from .common import (BUILD, GUEST, Failure, UserError, format_size, kernel,
+                     mib, pick_accelerator, rst_table)
+from . import virt
+from .direct import MODES, Chain, Hop
+from .guest import make_initramfs
+from .hosts import PATCHED, SHARED, STOCK, Host, command, share
+from .vm import DIRECTORY, DISK, INITRAMFS, KERNEL, Kind
+
+GIB = 1 << 30
+DISK_SIZE = 64 << 20
+
+# Modes for a guest with vhost-user devices, and where they lead; the last ones
+# go through Debian's QEMU, which fills up
+VHOST_USER: Sequence[Tuple[str, str]] = (
+    ('precopy', PATCHED), ('multifd', PATCHED), ('sparse-ram', PATCHED),
+    ('sparse-ram, multifd', PATCHED),
+    ('precopy', STOCK), ('precopy', PATCHED),
+    ('multifd', STOCK), ('multifd', PATCHED))
+
+# The same for one with a disk of QEMU's own: virtiofsd cannot do postcopy
+PLAIN: Sequence[Tuple[str, str]] = (
+    ('postcopy', PATCHED), ('postcopy, preempt', PATCHED),
+    ('sparse-ram, postcopy', PATCHED),
+    ('postcopy', STOCK), ('postcopy', PATCHED))
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog='check-stack',
+                                     description=__doc__.split('\n\n', 1)[0])
+    parser.add_argument('debian', help='where a Debian is')
+    parser.add_argument('--size', type=int, default=2, metavar='GIB',
+                        help='guest RAM (default: 2)')
+    parser.add_argument('--accel', choices=('kvm', 'tcg'))
+    parser.add_argument('--mode', choices=list(MODES), action='append',
+                        dest='modes', help='only this mode (can be repeated)')
+    parser.add_argument('--part', choices=('vhost-user', 'plain', 'libvirt'),
+                        action='append', dest='parts',
+                        help='only this part (can be repeated)')
+    parser.add_argument('--action', action='append', dest='actions',
+                        help="only this one of libvirt's (can be repeated)")
+    return parser.parse_args()
+
+
+def prepare(directory: str) -> None:
+    """What both hosts see: kernel, initramfs, disk, directory."""
+    os.chmod(directory, 0o755)
+    share(directory)
+    shutil.copy(kernel(GUEST), KERNEL)
+    make_initramfs(INITRAMFS)
+    os.makedirs(DIRECTORY)
+    os.chmod(DIRECTORY, 0o777)
+    new_disk()
+
+
+def new_disk() -> None:
+    """An empty one, for the next guest."""
+    with open(DISK, 'wb') as file:
+        file.truncate(DISK_SIZE)
+    os.chmod(DISK, 0o666)
+
+
+def travel(name: str, hosts: Sequence[Host], kind: Kind,
+           hops: Sequence[Tuple[str, str]], done: List[Hop]) -> List[str]:
+    """One guest, all its hops; returns what is wrong."""
+    new_disk()
+    chain = Chain(hosts, kind, log_of(name))
+    problems: List[str] = []
+    where = 'booting'
+    try:
+        seconds = chain.boot(PATCHED)
+        print(f'{name}: a guest of {format_size(kind.size)} '
+              f'({kind.accelerator}) has booted in {seconds:.0f} seconds',
+              flush=True)
+        for mode, binary in hops:
+            where = f'{mode} to {binary}'
+            hop = chain.hop(mode, binary)
+            print(f'  {row(hop)}', flush=True)
+            done.append(hop)
+            problems += [f'{name}, {where}: {each}' for each in hop.problems]
+    except Failure as err:
+        problems.append(f'{name}, {where}: {err}')
+    finally:
+        chain.end()
+    return problems
+
+
+def with_libvirt(args: argparse.Namespace, hosts: Sequence[Host],
+                 kinds: Sequence[Kind], done: List[Hop]) -> List[str]:
+    """All that libvirt does; returns what is wrong."""
+    daemons = [virt.Daemon(host) for host in hosts]
+    problems: List[str] = []
+    for kind in kinds:
+        for name, options in (('', ()), (', sparse-ram', (
+                '-global', 'migration.sparse-ram=on'))):
+            new_disk()
+            command('chroot', hosts[0].root, 'qemu-img', 'create', '-q', '-f',
+                    'qcow2', virt.QCOW2, str(DISK_SIZE))
+            os.chmod(virt.QCOW2, 0o666)
+            hops, wrong = virt.run(
+                daemons, kind, name, log_of(f'libvirt{name}-{kind.vhost_user}'),
+                options, args.actions, lambda hop: print(f'  {row(hop)}', flush=True))
+            done += hops
+            problems += wrong
+    return problems
+
+
+def log_of(name: str) -> str:
+    """A file for the guest's console."""
+    return os.path.join(BUILD, f'logs/stack/{name}.log')
+
+
+def row(hop: Hop) -> List[str]:
+    """A row of the table."""
+    return [hop.mode, hop.source, hop.destination, f'{hop.seconds:.1f}',
+            f'{mib(hop.before)} -> {mib(hop.after)}', mib(hop.there),
+            '; '.join(hop.problems) or hop.guest]
+
+
+def table(hops: Sequence[Hop]) -> str:
+    """One row for each."""
+    return rst_table(('mode', 'source', 'destination', 'seconds',
+                      'source, MiB', 'destination, MiB', 'guest'),
+                     [row(hop) for hop in hops])
+
+
+def chosen(args: argparse.Namespace, hops: Sequence[Tuple[str, str]]
+           ) -> Sequence[Tuple[str, str]]:
+    """Those of the hops that are wanted."""
+    return [hop for hop in hops if not args.modes or hop[0] in args.modes]
+
+
+def run(args: argparse.Namespace, directory: str) -> int:
+    """All of it; returns the exit status."""
+    os.makedirs(f'{directory}/shared')
+    prepare(f'{directory}/shared')
+    hosts = [Host(name, args.debian, directory) for name in ('one', 'two')]
+    accelerator = args.accel or pick_accelerator()
+    done: List[Hop] = []
+    problems: List[str] = []
+
+    def part(name: str, action: Callable[[], List[str]]) -> None:
+        if not args.parts or name in args.parts:
+            problems.extend(action())
+
+    def kind(vhost_user: bool) -> Kind:
+        return Kind(args.size * GIB, accelerator, vhost_user)
+
+    part('vhost-user', lambda: travel('vhost-user', hosts, kind(True),
+                                      chosen(args, VHOST_USER), done))
+    part('plain', lambda: travel('plain', hosts, kind(False),
+                                 chosen(args, PLAIN), done))
+    part('libvirt', lambda: with_libvirt(
+        args, hosts, [kind(True), kind(False)], done))
+    if done:
+        print(table(done))
+    for problem in problems:
+        print(f'FAILED: {problem}')
+    print(f'{sum(not hop.problems for hop in done)} passed, {len(problems)} failed')
+    return 1 if problems or not done else 0
+
+
+def reap(child: int) -> int:
+    """Be the first process of the namespace: wait for orphans, as libvirt's
+    QEMUs are, until our child ends; returns its exit status.
+    """
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            return os.waitstatus_to_exitcode(status) & 255
+
+
+def main() -> int:
+    """In namespaces of our own already."""
+    args = parse_args()
+    child = os.fork()
+    if child:
+        return reap(child)
+    command('ip', 'link', 'set', 'lo', 'up')
+    # On tmpfs: what is written goes when this ends
+    directory = os.path.join(BUILD, 'stack/run')
+    os.makedirs(directory, exist_ok=True)
+    command('mount', '-t', 'tmpfs', '-o', 'mode=755', 'stack', directory)
+    try:
+        return run(args, directory)
+    except (Failure, UserError) as err:
+        print(f'FAILED: {err}')
+        return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""libvirt: a daemon on each host, and all that it does with a guest's RAM."""
+
+import os
+import subprocess
+import time
+import uuid
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+from .common import Failure, mib
+from .direct import BOOT_TIMEOUT, CHECK_TIMEOUT, NAMES, Hop, complaints
+from .guest import COMMAND_LINE, IoConsole, check
+from .hosts import PATCHED, SHARED, Host
+from .vm import DIRECTORY, INITRAMFS, KERNEL, Kind, memory_file, serve_disk
+
+TIMEOUT = 240
+NAME = 'guest'
+QCOW2 = f'{SHARED}/disk.qcow2'
+SAVED = f'{SHARED}/saved'
+
+# Not in a cgroup, not in AppArmor's hands: neither is a part of the root
+_QEMU_CONF = """
+security_driver = "none"
+cgroup_controllers = []
+stdio_handler = "file"
+"""
+
+_LIBVIRTD_CONF = """
+host_uuid = "{uuid}"
+unix_sock_dir = "{sockets}"
+auth_unix_rw = "none"
+"""
+
+_XML = """
+<domain type='{type}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{name}</name>
+  <uuid>6a2f7f2e-3f6e-4ac4-9d3f-3f4b5b1a7a11</uuid>
+  <memory unit='b'>{size}</memory>
+  <vcpu>2</vcpu>
+  <memoryBacking>
+    <source type='memfd'/>
+    <access mode='shared'/>
+  </memoryBacking>
+  <os>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
+    <kernel>{kernel}</kernel>
+    <initrd>{initramfs}</initrd>
+    <cmdline>{command_line}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>{emulator}</emulator>
+    {devices}
+    <serial type='unix'>
+      <source mode='bind' path='/run/stack/serial'/>
+    </serial>
+    <memballoon model='virtio' freePageReporting='on'/>
+  </devices>
+  <qemu:commandline>{globals}</qemu:commandline>
+</domain>
+"""
+
+_VHOST_USER = f"""
+    <disk type='vhostuser' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source type='unix' path='/run/stack/disk'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <filesystem type='mount'>
+      <driver type='virtiofs'/>
+      <source dir='{DIRECTORY}'/>
+      <target dir='share'/>
+    </filesystem>
+"""
+
+_PLAIN = f"""
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='none'/>
+      <source file='{QCOW2}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+"""
+
+
+class Daemon:
+    """libvirtd on a host."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        sockets = f'{SHARED}/{host.name}'
+        os.makedirs(sockets)
+        os.chmod(host.path('/run/stack'), 0o777)
+        self._write('qemu.conf', _QEMU_CONF)
+        self._write('libvirtd.conf', _LIBVIRTD_CONF.format(
+            uuid=uuid.uuid4(), sockets=sockets))
+        self.uri = f'qemu+unix:///system?socket={sockets}/libvirt-sock'
+        self._process = host.start('libvirtd', [
+            'unshare', '--uts', 'sh', '-c',
+            f'hostname {host.name} && exec /usr/sbin/libvirtd'])
+        self._wait()
+
+    def _write(self, name: str, text: str) -> None:
+        with open(self.host.path(f'/etc/libvirt/{name}'), 'w',
+                  encoding='utf-8') as file:
+            file.write(text)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.virsh('version')
+                return
+            except Failure:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def virsh(self, *words: str) -> str:
+        """A command, to its end."""
+        full = ['chroot', self.host.root, 'virsh', '-c', self.uri, *words]
+        try:
+            result = subprocess.run(
+                full, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT,
+                check=False)
+        except subprocess.TimeoutExpired as err:
+            raise Failure(f'virsh {words[0]} has not ended within {TIMEOUT} '
+                          'seconds') from err
+        if result.returncode:
+            raise Failure(f'virsh {" ".join(words[:3])}: '
+                          f'{result.stdout.strip()}')
+        return result.stdout
+
+    def pid(self) -> int:
+        """The QEMU's of the guest."""
+        with open(self.host.path(f'/run/libvirt/qemu/{NAME}.pid'),
+                  encoding='ascii') as file:
+            return int(file.read())
+
+
+class Memory:
+    """Guest RAM of a QEMU, which can be asked after that has ended."""
+
+    def __init__(self, pid: int) -> None:
+        path = memory_file(pid)
+        if path is None:
+            raise Failure(f'process {pid} has no guest RAM in a memfd')
+        self._fd = os.open(path, os.O_RDONLY)
+
+    def allocated(self) -> int:
+        """Bytes."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self._fd)
+
+
+class Domain:
+    """The guest, on whichever host it is."""
+
+    def __init__(self, daemons: Sequence[Daemon], kind: Kind, log: str,
+                 options: Sequence[str] = ()) -> None:
+        """options: of QEMU, each with its value"""
+        self._daemons, self._kind = list(daemons), kind
+        self._console = IoConsole(log)
+        self._file = f'{SHARED}/guest.xml'
+        self.emulator = PATCHED
+        self._options = options
+        self._servers = [self._serve(daemon.host) for daemon in daemons
+                         if kind.vhost_user]
+
+    @staticmethod
+    def _serve(host: Host) -> subprocess.Popen:
+        server = serve_disk(host, '/run/stack/disk')
+        os.chmod(host.path('/run/stack/disk'), 0o777)
+        return server
+
+    @property
+    def here(self) -> Daemon:
+        """Where it is."""
+        return self._daemons[0]
+
+    def _write_xml(self) -> None:
+        kind = self._kind
+        text = _XML.format(
+            type='kvm' if kind.accelerator == 'kvm' else 'qemu', name=NAME,
+            size=kind.size, machine=kind.machine, kernel=KERNEL,
+            initramfs=INITRAMFS, command_line=COMMAND_LINE,
+            emulator=self.emulator,
+            devices=_VHOST_USER if kind.vhost_user else _PLAIN,
+            globals=''.join(f"<qemu:arg value='{each}'/>"
+                            for each in self._options))
+        with open(self._file, 'w', encoding='utf-8') as file:
+            file.write(text)
+
+    def attach(self) -> None:
+        """To the console, of a QEMU that has just started."""
+        self._console.attach(self.here.host.path('/run/stack/serial'))
+
+    def check(self) -> str:
+        """What the guest says."""
+        return check(self._console, self._kind.targets, CHECK_TIMEOUT)
+
+    def boot(self) -> None:
+        """Start it, and wait until its loads are at work."""
+        self._write_xml()
+        self.here.virsh('define', self._file)
+        self.here.virsh('start', NAME)
+        self.attach()
+        started = time.monotonic()
+        while len(self._console.checked) < self._kind.targets or not all(
+                self._console.checked.values()):
+            if self._console.trouble():
+                raise Failure(f'the guest says: {self._console.trouble()}')
+            if time.monotonic() > started + BOOT_TIMEOUT:
+                raise Failure('the guest has not booted within '
+                              f'{BOOT_TIMEOUT} seconds')
+            time.sleep(0.1)
+        self.check()
+
+    def migrate(self, *options: str) -> None:
+        """To the other host."""
+        here, there = self._daemons
+        here.virsh('migrate', '--live', '--persistent', '--undefinesource',
+                   '--unsafe',
+                   *options, NAME, there.uri, 'tcp://127.0.0.1')
+        self._daemons.reverse()
+        self.attach()
+
+    def migrate_peer(self, *options: str) -> None:
+        """The same, by libvirtd and not by virsh."""
+        here, there = self._daemons
+        here.virsh('migrate', '--live', '--persistent', '--undefinesource',
+                   '--unsafe',
+                   '--p2p', *options, NAME, there.uri)
+        self._daemons.reverse()
+        self.attach()
+
+    def save(self, *options: str) -> None:
+        """To a file, and back."""
+        self.here.virsh('save', NAME, SAVED, *options)
+        # The number of channels is the last option
+        self.here.virsh('restore', SAVED, *(
+            options[-2:] if '--parallel-channels' in options else ()))
+        os.unlink(SAVED)
+        self.attach()
+
+    def managed_save(self) -> None:
+        """The same, by a start."""
+        self.here.virsh('managedsave', NAME)
+        self.here.virsh('start', NAME)
+        self.attach()
+
+    def dump(self) -> None:
+        """Its memory, while it runs."""
+        self.here.virsh('dump', '--memory-only', '--live', NAME, SAVED)
+        os.unlink(SAVED)
+
+    def snapshot(self) -> None:
+        """In the disk, and back to it."""
+        self.here.virsh('snapshot-create-as', NAME, 'one')
+        self.here.virsh('snapshot-delete', NAME, 'one')
+
+    def external_snapshot(self) -> None:
+        """RAM and disk in files of their own."""
+        self.here.virsh('snapshot-create-as', NAME, 'two', '--live',
+                        '--memspec', f'file={SAVED},snapshot=external',
+                        '--diskspec', f'vda,file={QCOW2}.two')
+        self.here.virsh('snapshot-delete', NAME, 'two', '--metadata')
+        os.unlink(SAVED)
+
+    def act(self, name: str, action: Callable[[], None]) -> Hop:
+        """Do something that keeps the guest alive; what came of it."""
+        source = Memory(self.here.pid())
+        before = source.allocated()
+        started = time.monotonic()
+        action()
+        seconds = time.monotonic() - started
+        after = source.allocated()
+        source.close()
+        destination = Memory(self.here.pid())
+        there = destination.allocated()
+        destination.close()
+        said = self.check()
+        emulator = NAMES[self.emulator]
+        hop = Hop(f'libvirt: {name}', emulator, emulator, seconds, before,
+                  after, there, said)
+        return hop.judged(complaints(hop, self._kind.size))
+
+    def end(self) -> None:
+        """End it wherever it is."""
+        for daemon in self._daemons:
+            for words in (('destroy', NAME), ('undefine', NAME,
+                                              '--managed-save',
+                                              '--snapshots-metadata')):
+                try:
+                    daemon.virsh(*words)
+                except Failure:
+                    pass
+        for server in self._servers:
+            server.kill()
+            server.wait()
+
+
+def actions(domain: Domain, vhost_user: bool
+            ) -> Dict[str, Callable[[], None]]:
+    """All that is done with a guest."""
+    if vhost_user:
+        return {
+            'migrate': domain.migrate,
+            'migrate, parallel': lambda: domain.migrate(
+                '--parallel', '--parallel-connections', '4'),
+            'save': domain.save,
+            'save, sparse': lambda: domain.save('--image-format', 'sparse'),
+            'save, sparse, parallel': lambda: domain.save(
+                '--image-format', 'sparse', '--parallel-channels', '2'),
+            'managedsave': domain.managed_save,
+            'dump': domain.dump,
+        }
+    return {
+        'migrate, postcopy': lambda: domain.migrate(
+            '--postcopy', '--postcopy-after-precopy'),
+        'migrate, tunnelled': lambda: domain.migrate_peer('--tunnelled'),
+        'snapshot, internal': domain.snapshot,
+        'snapshot, external': domain.external_snapshot,
+    }
+
+
+def run(daemons: Sequence[Daemon], kind: Kind, name: str, log: str,
+        options: Sequence[str], wanted: Optional[Sequence[str]],
+        tell: Callable[[Hop], None]) -> Tuple[List[Hop], List[str]]:
+    """All of it, with one guest; returns what came of it, and what is wrong."""
+    done: List[Hop] = []
+    problems: List[str] = []
+    domain = Domain(daemons, kind, log, options)
+    where = 'booting'
+    try:
+        domain.boot()
+        for where, action in actions(domain, kind.vhost_user).items():
+            if wanted and where not in wanted:
+                continue
+            hop = domain.act(f'{where}{name}', action)
+            tell(hop)
+            done.append(hop)
+            problems += [f'{hop.mode}: {each} ({mib(hop.after)} and '
+                         f'{mib(hop.there)} MiB)' for each in hop.problems]
+    except Failure as err:
+        problems.append(f'libvirt, {where}{name}: {err}')
+    finally:
+        domain.end()
+    return done, problems
