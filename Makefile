@@ -145,6 +145,10 @@ real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GU
 check-stack: qemu ## Migrate with libvirt, virtiofsd and storage daemon in a Debian (minutes; STACK_ARGS=)
 	@scripts/check-stack $(STACK_ARGS)
 
+.PHONY: check-kernels
+check-kernels: test-binaries ## Run the unit tests on the kernels of Debian 12, 13 and sid, in VMs (minutes)
+	@scripts/check-kernels
+
 .PHONY: fuzz
 fuzz: qemu ## Feed damaged migration streams to the patched QEMU (FUZZ_ARGS=--seconds 600)
 	@$(PYTHON) -m lab.fuzz $(FUZZ_ARGS)

@@ -102,7 +102,10 @@ def migrate(source: Vm, destination: Vm, mode: Mode) -> float:
     source.qmp.wait('the end of the migration', _ended(source), HOP_TIMEOUT)
     destination.qmp.wait('the end on the destination', _ended(destination),
                          HOP_TIMEOUT)
-    return time.monotonic() - started
+    seconds = time.monotonic() - started
+    if mode.postcopy and not source.qmp('query-migrate')['ram']['postcopy-bytes']:
+        raise Failure('the migration ended before postcopy started')
+    return seconds
 
 
 def complaints(hop: Hop, guest_size: int) -> List[str]:
