@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 import uuid
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 from .common import Failure, mib
 from .direct import BOOT_TIMEOUT, CHECK_TIMEOUT, NAMES, Hop, complaints
@@ -303,32 +303,31 @@ class Domain:
             server.wait()
 
 
-def actions(domain: Domain, vhost_user: bool
-            ) -> Dict[str, Callable[[], None]]:
-    """All that is done with a guest."""
-    if vhost_user:
-        return {
-            'migrate': domain.migrate,
-            'migrate, parallel': lambda: domain.migrate(
-                '--parallel', '--parallel-connections', '4'),
-            'save': domain.save,
-            'save, sparse': lambda: domain.save('--image-format', 'sparse'),
-            'save, sparse, parallel': lambda: domain.save(
-                '--image-format', 'sparse', '--parallel-channels', '2'),
-            'managedsave': domain.managed_save,
-            'dump': domain.dump,
-        }
-    return {
-        'migrate, postcopy': lambda: domain.migrate(
+# All that is done with a guest: one with vhost-user devices, or one without
+ACTIONS: Dict[bool, Dict[str, Callable[[Domain], None]]] = {
+    True: {
+        'migrate': Domain.migrate,
+        'migrate, parallel': lambda domain: domain.migrate(
+            '--parallel', '--parallel-connections', '4'),
+        'save': Domain.save,
+        'save, sparse': lambda domain: domain.save('--image-format', 'sparse'),
+        'save, sparse, parallel': lambda domain: domain.save(
+            '--image-format', 'sparse', '--parallel-channels', '2'),
+        'managedsave': Domain.managed_save,
+        'dump': Domain.dump,
+    },
+    False: {
+        'migrate, postcopy': lambda domain: domain.migrate(
             '--postcopy', '--postcopy-after-precopy'),
-        'migrate, tunnelled': lambda: domain.migrate_peer('--tunnelled'),
-        'snapshot, internal': domain.snapshot,
-        'snapshot, external': domain.external_snapshot,
-    }
+        'migrate, tunnelled': lambda domain: domain.migrate_peer('--tunnelled'),
+        'snapshot, internal': Domain.snapshot,
+        'snapshot, external': Domain.external_snapshot,
+    },
+}
 
 
 def run(daemons: Sequence[Daemon], kind: Kind, name: str, log: str,
-        options: Sequence[str], wanted: Optional[Sequence[str]],
+        options: Sequence[str], wanted: Sequence[str],
         tell: Callable[[Hop], None]) -> Tuple[List[Hop], List[str]]:
     """All of it, with one guest; returns what came of it, and what is wrong."""
     done: List[Hop] = []
@@ -337,10 +336,9 @@ def run(daemons: Sequence[Daemon], kind: Kind, name: str, log: str,
     where = 'booting'
     try:
         domain.boot()
-        for where, action in actions(domain, kind.vhost_user).items():
-            if wanted and where not in wanted:
-                continue
-            hop = domain.act(f'{where}{name}', action)
+        for where in wanted:
+            action = ACTIONS[kind.vhost_user][where]
+            hop = domain.act(f'{where}{name}', lambda: action(domain))
             tell(hop)
             done.append(hop)
             problems += [f'{hop.mode}: {each} ({mib(hop.after)} and '
