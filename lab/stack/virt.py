@@ -268,6 +268,8 @@ class Domain:
                         '--memspec', f'file={SAVED},snapshot=external',
                         '--diskspec', f'vda,file={QCOW2}.two')
         self.here.virsh('snapshot-delete', NAME, 'two', '--metadata')
+        # The disk goes on in the new file, which has to be there as long as
+        # this guest; the next one gets a new one
         os.unlink(SAVED)
 
     def act(self, name: str, action: Callable[[], None]) -> Hop:
@@ -298,6 +300,8 @@ class Domain:
                     daemon.virsh(*words)
                 except Failure:
                     pass
+        if os.path.exists(f'{QCOW2}.two'):
+            os.unlink(f'{QCOW2}.two')
         for server in self._servers:
             server.kill()
             server.wait()
