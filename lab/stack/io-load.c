@@ -1,14 +1,14 @@
 /*
  * A load for a real guest, that notices when a disk or a directory is wrong
  *
- * For each file, a process writes and checks blocks at random, all the time. What
- * a block has to hold follows from its number and from how often it was written,
- * which the process remembers. Nothing is read from the cache, where that can
- * be had.
+ * For each file, a process writes and checks blocks at random, all the time.
+ * What a block has to hold follows from its number and from how often it was
+ * written, which the process remembers. Nothing is read from the cache, where
+ * that can be had.
  *
  * Every second there is a line on standard output, which ends in "end":
  *   io: SECONDS s, NAME BLOCKS, NAME BLOCKS, end
- * with how many blocks were checked of each. What is wrong comes once a second, too:
+ * with how many blocks were checked of each. What is wrong comes once a second:
  *   load: ERROR ...
  *
  * Usage: io-load NAME FILE [NAME FILE...]
@@ -37,6 +37,7 @@
 typedef struct Target {
     const char *name;
     const char *path;
+    /* volatile: shared with the process that reports, which only reads them */
     volatile unsigned long checked;
     volatile bool failed;
     char error[200];
