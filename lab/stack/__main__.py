@@ -21,7 +21,7 @@ from .common import (BUILD, GUEST, Failure, UserError, format_size, kernel,
 from . import virt
 from .direct import MODES, Chain, Hop
 from .guest import make_initramfs
-from .hosts import PATCHED, SHARED, STOCK, Host, command, share
+from .hosts import PATCHED, STOCK, Host, command, share
 from .vm import DIRECTORY, DISK, INITRAMFS, KERNEL, Kind
 
 GIB = 1 << 30

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is taken from elsewhere in this project, in one place."""
 
-import os
-import sys
+from lab import UserError
+from lab.base import BASE, BUILD, ROOT
+from lab.guest.linux import (GUEST, Console, busybox, cpio_archive, cpio_entry,
+                             kernel, modules)
+from lab.measure.report import mib, rst_table
+from lab.memory import MIB, format_size
+from lab.qemu import pick_accelerator
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(
-    os.path.dirname(os.path.abspath(__file__)))), 'scripts'))
-
-# pylint: disable=wrong-import-position,unused-import
-from sparseram import UserError                         # noqa: E402,F401
-from sparseram.base import BASE, BUILD, ROOT            # noqa: E402,F401
-from sparseram.guest import pick_accelerator            # noqa: E402,F401
-from sparseram.memory import MIB, format_size           # noqa: E402,F401
-from sparseram.realguest import (GUEST, Console,        # noqa: E402,F401
-                                 busybox, cpio_archive, cpio_entry, kernel,
-                                 modules)
-from sparseram.report import mib, rst_table             # noqa: E402,F401
+__all__ = ['BASE', 'BUILD', 'GUEST', 'MIB', 'ROOT', 'Console', 'Failure',
+           'UserError', 'busybox', 'cpio_archive', 'cpio_entry', 'format_size',
+           'kernel', 'mib', 'modules', 'pick_accelerator', 'rst_table']
 
 
 class Failure(Exception):

@@ -69,7 +69,7 @@ def _compile(source: str, program: str) -> bytes:
 def _load_sources() -> List[str]:
     here = os.path.dirname(os.path.abspath(__file__))
     return [os.path.join(here, 'io-load.c'),
-            os.path.join(ROOT, 'tests/rig/guest-load.c')]
+            os.path.join(ROOT, 'lab/guest/guest-load.c')]
 
 
 def make_initramfs(path: str) -> None:
@@ -112,4 +112,3 @@ def check(console: IoConsole, targets: int, seconds: float) -> str:
     if reports and written <= reports[-1].written:
         raise Failure('the memory of the guest stands still')
     return 'ok'
-

@@ -43,7 +43,7 @@ class Host:
         """directory: for what is written, and for the root"""
         self.name = name
         self.root = os.path.join(directory, name, 'root')
-        self._processes: List[subprocess.Popen] = []
+        self._processes: List['subprocess.Popen[bytes]'] = []
         self._logs = os.path.join(BUILD, 'logs/stack')
         os.makedirs(self._logs, exist_ok=True)
         for part in ('root', 'upper', 'work'):
@@ -100,7 +100,7 @@ class Host:
         """Where a program's output goes."""
         return os.path.join(self._logs, f'{self.name}-{name}.log')
 
-    def start(self, name: str, words: Sequence[str]) -> subprocess.Popen:
+    def start(self, name: str, words: Sequence[str]) -> 'subprocess.Popen[bytes]':
         """Start a program that runs until it is ended."""
         with open(self.log(name), 'ab') as log:
             process = subprocess.Popen(

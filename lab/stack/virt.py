@@ -171,7 +171,7 @@ class Domain:
                          if kind.vhost_user]
 
     @staticmethod
-    def _serve(host: Host) -> subprocess.Popen:
+    def _serve(host: Host) -> 'subprocess.Popen[bytes]':
         server = serve_disk(host, '/run/stack/disk')
         os.chmod(host.path('/run/stack/disk'), 0o777)
         return server

@@ -38,15 +38,15 @@ class Kind:
         return 2 if self.vhost_user else 1
 
 
-def _wait_for(path: str, process: subprocess.Popen) -> None:
+def _wait_for(path: str, process: 'subprocess.Popen[bytes]') -> None:
     deadline = time.monotonic() + 20
     while not os.path.exists(path):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise Failure(f'{path} is not there: {process.args} has failed')
+            raise Failure(f'{path} is not there: {process.args!r} has failed')
         time.sleep(0.02)
 
 
-def serve_disk(host: Host, path: str) -> subprocess.Popen:
+def serve_disk(host: Host, path: str) -> 'subprocess.Popen[bytes]':
     """Let a qemu-storage-daemon serve DISK at a socket of the host."""
     if os.path.exists(host.path(path)):
         os.unlink(host.path(path))
@@ -91,7 +91,7 @@ class Vm:
         self.host, self.binary = host, binary
         self._directory = f'/run/stack/{Vm._count}'
         os.makedirs(host.path(self._directory))
-        self._processes: List[subprocess.Popen] = []
+        self._processes: List['subprocess.Popen[bytes]'] = []
         options = self._serve_disk_and_directory() if kind.vhost_user else [
             '-blockdev', f'file,node-name=disk,filename={DISK},locking=off,'
             'cache.direct=on,aio=native', '-device',
@@ -127,7 +127,7 @@ class Vm:
     def _server(self, name: str) -> str:
         return f'unix:{self._directory}/{name},server=on,wait=off'
 
-    def _start(self, name: str, words: List[str]) -> subprocess.Popen:
+    def _start(self, name: str, words: List[str]) -> 'subprocess.Popen[bytes]':
         process = self.host.start(name, words)
         self._processes.append(process)
         return process
