@@ -23,6 +23,7 @@
 #include "qemu/cutils.h"
 #include "qemu/madvise.h"
 #include "qemu/populated-memory.h"
+#include "qemu/units.h"
 #include "system/hostmem.h"
 #include "system/memory.h"
 #include "system/runstate.h"

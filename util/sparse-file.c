@@ -209,7 +209,10 @@ static int next_extent_counted(int fd, const SparseRange *within,
     return !hole;
 }
 
-/* How much is looked at in one go where the kernel cannot count pages */
+/*
+ * How much is looked at in one go where the kernel cannot count pages.  No answer
+ * ends in the middle of a transparent huge page.
+ */
 #define SEEK_MAX (2 * MiB)
 
 /*
@@ -225,7 +228,8 @@ static int next_extent_counted(int fd, const SparseRange *within,
 static int next_extent_seek(int fd, const SparseRange *within, uint64_t *end)
 {
     uint64_t page_size = qemu_real_host_page_size();
-    uint64_t limit = MIN(within->end, within->start + SEEK_MAX);
+    uint64_t limit = MIN(within->end, QEMU_ALIGN_DOWN(within->start, SEEK_MAX) +
+                                      SEEK_MAX);
     SparseRange hole = { .start = within->start };
     off_t data = lseek(fd, within->start, SEEK_DATA);
     int ret;

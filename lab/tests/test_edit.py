@@ -86,9 +86,11 @@ class Project(unittest.TestCase):
             write(f'{tree}/src.stamp', f'dir {base}\n')
 
         self.edit = self.other_tree('9.2')
-        self.change('util/sparse.c', 'first\n', commit='util: add sparse\n\nTopic: core')
+        self.change('util/sparse.c', 'first\n',
+                    commit='util: add sparse\n\nTopic: core')
         self.replace('migration/ram.c', 'int line_20;', 'sparse line_20;',
-                     commit='migration/ram: be sparse\n\nBecause it is better.\n\nTopic: core')
+                     commit='migration/ram: be sparse\n\nBecause it is better.\n\n'
+                     'Topic: core')
         write(f'{self.edit}/tests/unit/test-sparse.c', 'test\n')
         write(f'{self.edit}/docs/system/sparse.rst', 'text\n')
         self.change('MAINTAINERS', 'M: Erika Mustermann <x@y>\n\nSparse guest RAM\n'

@@ -120,7 +120,7 @@ class ModulesTest(unittest.TestCase):
             file.write(b'rng')
         self.assertEqual(
             linux.modules(self.package, ('virtio-ring', 'virtio_balloon',
-                                             'virtio-rng')),
+                                         'virtio-rng')),
             {'virtio_balloon.ko': b'balloon', 'virtio-rng.ko': b'rng'})
 
     def test_missing(self) -> None:
