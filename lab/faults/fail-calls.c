@@ -108,9 +108,16 @@ static void *find(const char *name)
     return symbol;
 }
 
+/* Constructors of libraries may come before ours: libnuma's opens a file. */
+#define REAL(name) ({                       \
+    if (!real_##name) {                     \
+        real_##name = find(#name);          \
+    }                                       \
+    real_##name; })
+
 static struct Control *map_control(const char *path)
 {
-    int fd = real_open64(path, O_RDWR | O_CLOEXEC);
+    int fd = REAL(open64)(path, O_RDWR | O_CLOEXEC);
     void *p = MAP_FAILED;
 
     if (fd >= 0) {
@@ -131,16 +138,6 @@ static void __attribute__((constructor)) set_up(void)
     const char *path = getenv("FAIL_CALLS");
     const char *error = getenv("FAIL_CALLS_MMAP");
 
-    real_open64 = find("open64");
-    real_lseek64 = find("lseek64");
-    real_fallocate64 = find("fallocate64");
-    real_fstat64 = find("fstat64");
-    real_pread64 = find("pread64");
-    real_madvise = find("madvise");
-    real_mincore = find("mincore");
-    real_ioctl = find("ioctl");
-    real_syscall = find("syscall");
-    real_mmap64 = find("mmap64");
     mmap_error = error ? atoi(error) : 0;
     control = path ? map_control(path) : NULL;
 }
@@ -191,7 +188,7 @@ static bool is_ram(int fd)
 {
     struct stat64 st;
     int saved = errno;
-    bool same = real_fstat64(fd, &st) == 0 && control->inode &&
+    bool same = REAL(fstat64)(fd, &st) == 0 && control->inode &&
                 st.st_dev == control->device && st.st_ino == control->inode;
 
     errno = saved;
@@ -227,7 +224,7 @@ off64_t lseek64(int fd, off64_t offset, int whence)
         is_ram(fd) && fails(CALL_LSEEK)) {
         return -1;
     }
-    return real_lseek64(fd, offset, whence);
+    return REAL(lseek64)(fd, offset, whence);
 }
 
 int fallocate64(int fd, int mode, off64_t offset, off64_t length)
@@ -236,7 +233,7 @@ int fallocate64(int fd, int mode, off64_t offset, off64_t length)
         fails(CALL_FALLOCATE)) {
         return -1;
     }
-    return real_fallocate64(fd, mode, offset, length);
+    return REAL(fallocate64)(fd, mode, offset, length);
 }
 
 int fstat64(int fd, struct stat64 *st)
@@ -244,7 +241,7 @@ int fstat64(int fd, struct stat64 *st)
     if (armed() && is_ram(fd) && fails(CALL_FSTAT)) {
         return -1;
     }
-    return real_fstat64(fd, st);
+    return REAL(fstat64)(fd, st);
 }
 
 ssize_t pread64(int fd, void *buffer, size_t size, off64_t offset)
@@ -255,7 +252,7 @@ ssize_t pread64(int fd, void *buffer, size_t size, off64_t offset)
             return -1;
         }
     }
-    return real_pread64(fd, buffer, size, offset);
+    return REAL(pread64)(fd, buffer, size, offset);
 }
 
 /* What pread() of a program that is compiled with _FORTIFY_SOURCE calls */
@@ -273,7 +270,7 @@ int madvise(void *address, size_t length, int advice)
     if (advice == MADV_REMOVE && armed() && fails(CALL_MADVISE)) {
         return -1;
     }
-    return real_madvise(address, length, advice);
+    return REAL(madvise)(address, length, advice);
 }
 
 int mincore(void *address, size_t length, unsigned char *vector)
@@ -281,7 +278,7 @@ int mincore(void *address, size_t length, unsigned char *vector)
     if (armed() && fails(CALL_MINCORE)) {
         return -1;
     }
-    return real_mincore(address, length, vector);
+    return REAL(mincore)(address, length, vector);
 }
 
 int ioctl(int fd, unsigned long request, ...)
@@ -300,7 +297,7 @@ int ioctl(int fd, unsigned long request, ...)
         ((struct uffdio_copy *)argument)->copy = -errno;
         return -1;
     }
-    return real_ioctl(fd, request, argument);
+    return REAL(ioctl)(fd, request, argument);
 }
 
 long syscall(long number, ...)
@@ -317,7 +314,7 @@ long syscall(long number, ...)
         fails(CALL_CACHESTAT)) {
         return -1;
     }
-    return real_syscall(number, argument[0], argument[1], argument[2],
+    return REAL(syscall)(number, argument[0], argument[1], argument[2],
                         argument[3], argument[4], argument[5]);
 }
 
@@ -326,7 +323,7 @@ static int open_pagemap(const char *path, int flags, mode_t mode)
     if (is_pagemap(path) && armed() && fails(CALL_PAGEMAP_OPEN)) {
         return -1;
     }
-    return real_open64(path, flags, mode);
+    return REAL(open64)(path, flags, mode);
 }
 
 int open64(const char *path, int flags, ...)
@@ -356,5 +353,5 @@ void *mmap64(void *address, size_t length, int protection, int flags, int fd,
         errno = mmap_error;
         return MAP_FAILED;
     }
-    return real_mmap64(address, length, protection, flags, fd, offset);
+    return REAL(mmap64)(address, length, protection, flags, fd, offset);
 }
