@@ -408,15 +408,15 @@ static const SparseRow rows[] = {
     },
 #endif
     {
-        .name = "capability/machine/pc-q35-2.12", LARGE,
+        .name = "capability/machine/pc-q35-2.12/precopy", LARGE,
         .ways = { &sparse_runs }, .opts = "-machine type=pc-q35-2.12",
         .skip_reason = machine_2_12,
     }, {
-        .name = "capability/machine/pc-q35-8.0", LARGE,
+        .name = "capability/machine/pc-q35-8.0/precopy", LARGE,
         .ways = { &sparse_runs }, .opts = "-machine type=pc-q35-8.0",
         .skip_reason = machine_8_0,
     }, {
-        .name = "capability/machine/pc-q35-9.0", LARGE,
+        .name = "capability/machine/pc-q35-9.0/precopy", LARGE,
         .ways = { &sparse_runs }, .opts = "-machine type=pc-q35-9.0",
         .skip_reason = machine_9_0,
     }, {
