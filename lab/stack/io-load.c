@@ -39,7 +39,7 @@ typedef struct Target {
     const char *path;
     /* volatile: shared with the process that reports, which only reads them */
     volatile unsigned long checked;
-    volatile bool failed;
+    bool failed;
     char error[200];
 } Target;
 

@@ -107,7 +107,8 @@ class Series(unittest.TestCase):
             run('git', 'commit', '-q', '-m', 'base', cwd=repo)
             run('git', '-c', 'apply.whitespace=error', 'am', '-q',
                 *self.mails, cwd=repo)
-            for file in sorted(touched - {'MAINTAINERS'}):
+            # What is not mailed changes it once more
+            for file in sorted(touched - {'MAINTAINERS', 'tests/qtest/meson.build'}):
                 with self.subTest(file):
                     self.assertEqual(read(os.path.join(repo, file)),
                                      read(os.path.join(PATCHED, file)))
@@ -135,7 +136,7 @@ class Series(unittest.TestCase):
                     f'{ROOT}/build/series/{topic}/v1-*.patch'))
                 text = read(cover)
                 title = read(os.path.join(letters, topic)).splitlines()[0]
-                self.assertIn(f'00/{len(mails):02}] {title}\n', text)
+                self.assertRegex(text, f'0+/{len(mails)}] {re.escape(title)}\n')
                 self.assertNotIn('***', text)
                 subjects += [subject_of(mail) for mail in mails]
         self.assertEqual(subjects, [subject_of(mail) for mail in self.mails

@@ -2,8 +2,9 @@
  * Unit tests for zero pages and holes in guest RAM
  *
  * Runs system/ramblock-holes.c, migration/ram-holes*.c and ram-zero-runs.c on a
- * RAMBlock of its own, with stubs in place of the machine, so that decisions can be tested for what is not at hand: memory
- * pinned by a device, RDMA, seals, read-only files.
+ * RAMBlock of its own, with stubs in place of the machine, so that decisions can
+ * be tested for what is not at hand: memory pinned by a device, RDMA, seals,
+ * read-only files.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
