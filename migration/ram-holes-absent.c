@@ -73,8 +73,13 @@ static bool is_hole(AbsentPages *pages, ram_addr_t offset, uint64_t length,
         /* fall through */
     case RAM_HOLES_SHMEM:
     case RAM_HOLES_PRIVATE_ANONYMOUS:
-        return ram_block_extent_raw(rb, offset, MIN(length, ASK_MAX),
-                                    extent) == 0;
+        if (ram_block_extent_raw(rb, offset, MIN(length, ASK_MAX),
+                                 extent) == 0) {
+            return true;
+        }
+        /* The kernel has looked at each of these pages */
+        count_bytes(pages, *extent);
+        return false;
     default:
         /* ram_handle_zero() asks, if anything can be asked */
         *extent = length;
