@@ -157,7 +157,10 @@ static int extent_by_reading(const RAMBlock *rb, const SparseRange *within,
     return ret < 0 ? ret : !ret;
 }
 
-/* What is in the page tables is data. */
+/*
+ * What is in the page tables is data.  So is everything if the kernel does not tell,
+ * because there is no /proc, for example: that is not worth a warning.
+ */
 static int extent_of_page_tables(const RAMBlock *rb, const SparseRange *within,
                                  uint64_t *end)
 {
@@ -167,15 +170,15 @@ static int extent_of_page_tables(const RAMBlock *rb, const SparseRange *within,
         .end = within->end + address,
     };
     SparseRange populated;
-    int ret = populated_memory_next(&memory, &populated);
+    bool data;
 
     *end = within->end;
-    if (ret < 0) {
-        return ret;
+    if (populated_memory_next(&memory, &populated) < 0) {
+        return 1;
     }
-    ret = populated.start == memory.start && !sparse_range_is_empty(&populated);
-    *end = (ret ? populated.end : populated.start) - address;
-    return ret;
+    data = populated.start == memory.start && !sparse_range_is_empty(&populated);
+    *end = (data ? populated.end : populated.start) - address;
+    return data;
 }
 
 /*
@@ -303,10 +306,6 @@ int ram_block_extent_raw(const RAMBlock *rb, ram_addr_t offset, uint64_t length,
         break;
     case RAM_HOLES_PRIVATE_ANONYMOUS:
         ret = extent_of_page_tables(rb, &within, &end);
-        if (ret < 0) {
-            /* There is no /proc, for example: not worth a warning */
-            ret = 1;
-        }
         break;
     case RAM_HOLES_PRIVATE_SHMEM:
         ret = extent_private_shmem(rb, &within, &end);
