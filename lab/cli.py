@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Callable, Iterable, Optional
 
-from lab import UserError, memory, terminal
+from lab import UserError, memory, qemu, terminal
 from lab.base import BUILD
 from lab.memory import MIB, SMALLEST
 from lab.migrate import MigrationFailed
@@ -46,8 +46,7 @@ def add_binary_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--stock', metavar='FILE',
                         default=f'{BUILD}/stock/qemu-system-x86_64',
                         help='the QEMU to compare with')
-    parser.add_argument('--qemu-python', metavar='DIR',
-                        default=f'{BUILD}/patched-src/python',
+    parser.add_argument('--qemu-python', metavar='DIR', default=qemu.PYTHON,
                         help="where QEMU's own qemu.machine is")
 
 

@@ -19,9 +19,13 @@ from types import ModuleType
 from typing import Any, Dict, Optional, Sequence, TypeVar
 
 from lab import UserError
+from lab.base import BUILD
 from lab.cgroup import Cgroup
 from lab.memory import format_size
 from lab.ram import KINDS, Ram, Sample, sample
+
+# Where QEMU's own Python packages are
+PYTHON = f'{BUILD}/patched-src/python'
 
 _RAM_ID = 'mem1'
 
@@ -38,7 +42,7 @@ _machine: Optional[ModuleType] = None
 _qmp: Optional[ModuleType] = None
 
 
-def import_qemu(path: str) -> None:
+def import_qemu(path: str = PYTHON) -> None:
     """Import qemu.machine from a QEMU source tree's python directory."""
     global _machine, _qmp
     if not os.path.isfile(os.path.join(path, 'qemu/machine/machine.py')):
@@ -98,15 +102,17 @@ class Qemu:
     """A QEMU process.  A context manager: starts on entry, is killed on exit."""
 
     def __init__(self, name: str, binary: str, args: Sequence[str], *,
-                 cgroup: Optional[Cgroup] = None):
+                 cgroup: Optional[Cgroup] = None,
+                 wrapper: Sequence[str] = ()):
         """
         name: what messages call it
         args: the command line, without what QMP needs
         cgroup: for the process to start in
+        wrapper: a command in front of QEMU's, which becomes QEMU
         """
         self.name = name
         self._wrapper = (*(cgroup.command if cgroup else ()),
-                         *_die_with_parent())
+                         *_die_with_parent(), *wrapper)
         self._args = [*args]
         self._binary = binary
         self._vm: Any = None
@@ -228,6 +234,10 @@ class Qemu:
         self._vm.send_fd_scm(fd)
         self.qmp('getfd', fdname=name)
 
+    def ended(self) -> Optional[int]:
+        """Exit status, or minus the signal; None if it is alive."""
+        return self._vm.exitcode()
+
     def end(self) -> str:
         """Kill it; returns all that it has printed."""
         self._vm.kill()
@@ -241,7 +251,8 @@ class Guest(Qemu):
                  backend: str = 'memfd', accel: str = 'tcg',
                  paused: bool = False, incoming: bool = False,
                  ram_file: str = '', extra_args: Sequence[str] = (),
-                 cgroup: Optional[Cgroup] = None):
+                 cgroup: Optional[Cgroup] = None,
+                 wrapper: Sequence[str] = ()):
         """
         size: of guest RAM, in bytes
         backend: one of KINDS
@@ -249,7 +260,7 @@ class Guest(Qemu):
         incoming: wait for a migration (-incoming defer)
         ram_file: the guest's own file, for a backend that has one
         extra_args: for QEMU's command line, after all others
-        cgroup: for the process to start in
+        cgroup, wrapper: as of Qemu
         """
         options = KINDS[backend].object(_RAM_ID, size, ram_file, False)
         super().__init__(name, binary, [
@@ -260,7 +271,7 @@ class Guest(Qemu):
             *_cpu(accel, size),
             *(('-S',) if paused else ()),
             *(('-incoming', 'defer') if incoming else ()),
-            *extra_args], cgroup=cgroup)
+            *extra_args], cgroup=cgroup, wrapper=wrapper)
         self._size = size
         self._backend = backend
         self.ram: Ram

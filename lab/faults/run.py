@@ -119,7 +119,7 @@ class Job:
     def finish(self) -> None:
         """Kill all, look at what they have said."""
         for side in self._sides:
-            log = side.bury()
+            log = side.end()
             self._result.logs[side.name] = log
             if side.stacks:
                 self._result.logs[f'{side.name}: threads'] = side.stacks

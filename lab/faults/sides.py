@@ -83,9 +83,13 @@ class Side(Guest):
         kind: of RAM, see cases.BACKENDS
         path: of the file that is RAM, if it is a file
         """
+        extra: Dict[str, str] = {}
+        if kind == 'anonymous-shared':
+            extra['FAIL_CALLS_MMAP'] = str(errno.ENODEV)
         super().__init__(name, binary, size,
                          backend='shm-file' if kind == 'tmpfs' else kind,
                          ram_file=path, paused=True, incoming=incoming, cgroup=cgroup,
+                         wrapper=fail_calls.command(extra) if fail_calls else (),
                          extra_args=('-name', f'{name},debug-threads=on',
                                      *extra_args))
         self.size = size
@@ -93,11 +97,6 @@ class Side(Guest):
         self.fail_calls = fail_calls
         self.killed = False
         self.stacks = ''
-        extra: Dict[str, str] = {}
-        if kind == 'anonymous-shared':
-            extra['FAIL_CALLS_MMAP'] = str(errno.ENODEV)
-        if fail_calls:
-            self._wrapper = (*self._wrapper, *fail_calls.command(extra))
 
     def kill(self) -> None:
         """Kill it, as the fault that the case is about; from any thread."""
@@ -109,10 +108,6 @@ class Side(Guest):
         self.stacks = stacks(self.pid, self.use_gdb)
         super().kill_now()
 
-    def ended(self) -> Optional[int]:
-        """Exit status, or minus the signal; None if it is alive."""
-        return self._vm.exitcode()
-
     def said(self) -> str:
         """What it has said so far."""
         try:
@@ -121,11 +116,6 @@ class Side(Guest):
                 return log.read()
         except (OSError, TypeError):    # it is over
             return ''
-
-    def bury(self) -> str:
-        """Kill it, return all that it has said."""
-        self._vm.kill()
-        return self._vm.get_log() or ''
 
     def arm(self, rules: Sequence[Rule]) -> None:
         """Let calls fail from now on."""
