@@ -37,8 +37,8 @@ _MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev',
 
 # init_on_alloc would fill what the guest has freed with zeroes, as soon as it
 # is used again, and so hide that it was populated
-_COMMAND_LINE = ('console=ttyS0 quiet panic=-1 init_on_alloc=0 '
-                 'transparent_hugepage=never')
+COMMAND_LINE = ('console=ttyS0 quiet panic=-1 init_on_alloc=0 '
+                'transparent_hugepage=never')
 
 _INIT = """#!/bin/sh
 mount -t proc proc /proc
@@ -84,7 +84,8 @@ def cpio_archive(entries: Sequence[bytes]) -> bytes:
     return b''.join([*entries, cpio_entry('TRAILER!!!', 0)])
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """All of it."""
     with open(path, 'rb') as file:
         return file.read()
 
@@ -112,7 +113,7 @@ def _lib_modules(package: str) -> str:
 
 
 def _read_module(path: str) -> bytes:
-    return lzma.open(path).read() if path.endswith('.xz') else _read(path)
+    return lzma.open(path).read() if path.endswith('.xz') else read_file(path)
 
 
 def modules(package: str, names: Sequence[str]) -> Dict[str, bytes]:
@@ -145,35 +146,49 @@ def kernel(guest: str) -> str:
 
 def busybox(guest: str) -> bytes:
     """The program: below usr since Debian 13."""
-    return _read(next(path for path in (f'{guest}/busybox/bin/busybox',
-                                        f'{guest}/busybox/usr/bin/busybox')
-                      if os.path.exists(path)))
+    return read_file(next(path for path in (f'{guest}/busybox/bin/busybox',
+                                            f'{guest}/busybox/usr/bin/busybox')
+                          if os.path.exists(path)))
+
+
+def compiled(source: str, program: str) -> bytes:
+    """A program of C, linked statically; program: where it is made."""
+    try:
+        subprocess.run([os.environ.get('CC', 'gcc'), '-static', '-O2', '-Wall',
+                        '-o', program, source], check=True)
+    except (OSError, subprocess.CalledProcessError) as err:
+        raise UserError(f'{source} could not be compiled: {err}') from err
+    return read_file(program)
+
+
+def initramfs(guest: str, init: str, files: Dict[str, bytes],
+              directories: Sequence[str] = (), tools: Sequence[str] = ()) -> bytes:
+    """What Linux unpacks, with busybox and a few of its tools.
+
+    guest: where its busybox is; init: a script for its shell.
+    files: executable ones, by path.
+    directories: besides the usual ones, those of files in front.
+    """
+    return gzip.compress(cpio_archive([
+        *(cpio_entry(name, 0o040755)
+          for name in ('dev', 'proc', 'sys', 'bin', *directories)),
+        cpio_entry('dev/console', 0o020600, device=(5, 1)),
+        cpio_entry('bin/busybox', 0o100755, busybox(guest)),
+        *(cpio_entry(f'bin/{name}', 0o120777, b'busybox')
+          for name in ('sh', 'mount', *tools)),
+        cpio_entry('init', 0o100755, init.encode('ascii')),
+        *(cpio_entry(name, 0o100755, data) for name, data in files.items())]),
+        compresslevel=1)
 
 
 def _make_initramfs(path: str, load: Load) -> None:
-    program = f'{GUEST}/guest-load'
-    try:
-        subprocess.run([os.environ.get('CC', 'gcc'), '-static', '-O2', '-Wall',
-                        '-o', program, LOAD_SOURCE], check=True)
-    except (OSError, subprocess.CalledProcessError) as err:
-        raise UserError(f'{LOAD_SOURCE} could not be compiled: {err}') from err
+    program = compiled(LOAD_SOURCE, f'{GUEST}/guest-load')
     drivers = modules(f'{GUEST}/kernel', _MODULES)
     init = _INIT.format(modules=' '.join(drivers), workers=load.workers,
                         mib=load.mib, pages=load.pages)
-    archive = cpio_archive(
-        [cpio_entry(name, 0o040755)
-         for name in ('dev', 'proc', 'sys', 'bin')]
-        + [cpio_entry('dev/console', 0o020600, device=(5, 1)),
-           cpio_entry('bin/busybox', 0o100755, busybox(GUEST)),
-           cpio_entry('bin/sh', 0o120777, b'busybox'),
-           cpio_entry('bin/mount', 0o120777, b'busybox'),
-           cpio_entry('bin/insmod', 0o120777, b'busybox'),
-           cpio_entry('guest-load', 0o100755, _read(program)),
-           cpio_entry('init', 0o100755, init.encode('ascii'))]
-        + [cpio_entry(name, 0o100644, data)
-           for name, data in drivers.items()])
     with open(path, 'wb') as file:
-        file.write(gzip.compress(archive, compresslevel=1))
+        file.write(initramfs(GUEST, init, {'guest-load': program, **drivers},
+                             tools=('insmod',)))
 
 
 def prepare(load: Load, directory: str) -> List[str]:
@@ -191,7 +206,7 @@ def prepare(load: Load, directory: str) -> List[str]:
     initramfs = os.path.join(directory, 'initramfs')
     _make_initramfs(initramfs, load)
     return ['-kernel', kernel(GUEST), '-initrd', initramfs,
-            '-append', _COMMAND_LINE]
+            '-append', COMMAND_LINE]
 
 
 # Losing writes on purpose

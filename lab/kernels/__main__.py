@@ -8,7 +8,6 @@ Exit status: 0 if all tests passed on all kernels; 1 if not.
 """
 
 import argparse
-import gzip
 import os
 import re
 import subprocess
@@ -17,9 +16,11 @@ import tempfile
 import time
 from typing import Dict, List, Sequence, Set, Tuple
 
-from lab.stack.common import (BUILD, ROOT, UserError, busybox, cpio_archive,
-                              cpio_entry, kernel, pick_accelerator,
-                              rst_table)
+from lab import UserError
+from lab.base import BUILD, ROOT
+from lab.guest.linux import compiled, initramfs, kernel, read_file
+from lab.measure.report import rst_table
+from lab.qemu import pick_accelerator
 
 PATCHED = os.path.join(BUILD, 'patched')
 QEMU = os.path.join(PATCHED, 'qemu-system-x86_64')
@@ -54,11 +55,6 @@ def libraries(program: str) -> Set[str]:
     return set(re.findall(r'(/\S+) \(0x', text))
 
 
-def _read(path: str) -> bytes:
-    with open(path, 'rb') as file:
-        return file.read()
-
-
 def directories(paths: Sequence[str]) -> List[str]:
     """Those that have to be there for these files, the outer ones first."""
     found = set()
@@ -69,45 +65,26 @@ def directories(paths: Sequence[str]) -> List[str]:
     return sorted(found)
 
 
-def make_initramfs(path: str) -> None:
-    """busybox, the tests, and what they are linked with."""
-    answers = f'{path}.answers'
-    subprocess.run([os.environ.get('CC', 'gcc'), '-static', '-O2', '-o',
-                    answers, os.path.join(ROOT, 'lab/kernels/answers.c')],
-                   check=True)
-    files = {'answers': answers}
+def tests_and_libraries(directory: str) -> Dict[str, bytes]:
+    """The tests, and what they are linked with, by their paths in the guest.
+
+    directory: for what is compiled
+    """
+    files = {'answers': compiled(os.path.join(ROOT, 'lab/kernels/answers.c'),
+                                 os.path.join(directory, 'answers'))}
     for name in UNIT_TESTS:
         program = f'{PATCHED}/tests/unit/{name}'
-        files[f'tests/{name}'] = program
+        files[f'tests/{name}'] = read_file(program)
         for library in libraries(program):
-            files[library.lstrip('/')] = os.path.realpath(library)
-    init = _INIT.format(tests=' '.join(UNIT_TESTS))
-    entries = [cpio_entry(name, 0o040755)
-               for name in ('proc', 'sys', 'bin', 'dev',
-                            *directories(list(files)))]
-    entries += [cpio_entry('dev/console', 0o020600, device=(5, 1)),
-                cpio_entry('init', 0o100755, init.encode('ascii'))]
-    entries += [cpio_entry(f'bin/{name}', 0o120777, b'busybox')
-                for name in ('sh', 'mount', 'mkdir', 'uname', 'poweroff')]
-    entries += [cpio_entry(name, 0o100755, _read(program))
-                for name, program in files.items()]
-    with open(path, 'wb') as file:
-        file.write(cpio_archive(entries))
+            files[library.lstrip('/')] = read_file(library)
+    return files
 
 
-def with_busybox(path: str, guest: str) -> bytes:
-    """The whole initramfs of a guest: Linux takes several in a row."""
-    return gzip.compress(_read(path) + cpio_archive(
-        [cpio_entry('bin', 0o040755),
-         cpio_entry('bin/busybox', 0o100755, busybox(guest))]),
-        compresslevel=1)
-
-
-def boot(guest: str, accelerator: str, initramfs: str, log: str) -> str:
+def boot(guest: str, accelerator: str, archive: str, log: str) -> str:
     """Let it run to its end; returns what its console said."""
     words = [QEMU, '-nodefaults', '-display', 'none', '-no-reboot',
              '-accel', accelerator, '-cpu', 'max', '-smp', '2', '-m', '2G',
-             '-kernel', kernel(guest), '-initrd', initramfs,
+             '-kernel', kernel(guest), '-initrd', archive,
              '-append', 'console=ttyS0 quiet panic=-1',
              '-serial', f'file:{log}']
     try:
@@ -146,16 +123,17 @@ def main() -> int:
     logs = os.path.join(BUILD, 'logs/kernels')
     os.makedirs(logs, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='kernels-') as directory:
-        base = os.path.join(directory, 'base')
-        make_initramfs(base)
+        files = tests_and_libraries(directory)
+        init = _INIT.format(tests=' '.join(UNIT_TESTS))
         for suite in args.suites:
             guest = os.path.join(ROOT, f'build/guest-{suite}')
-            initramfs = os.path.join(directory, suite)
-            with open(initramfs, 'wb') as file:
-                file.write(with_busybox(base, guest))
+            archive = os.path.join(directory, suite)
+            with open(archive, 'wb') as file:
+                file.write(initramfs(guest, init, files, directories(list(files)),
+                                     ('mkdir', 'uname', 'poweroff')))
             started = time.monotonic()
             version, answers, tests = summary(
-                boot(guest, accelerator, initramfs, f'{logs}/{suite}.log'))
+                boot(guest, accelerator, archive, f'{logs}/{suite}.log'))
             bad = [name for name, result in tests.items() if ' ok,' not in result]
             failures += len(bad)
             for name in bad:

@@ -105,7 +105,7 @@ def _wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
     def done() -> bool:
         info.clear()
         info.update(guest.query_migrate())
-        if info.get('status') in ('failed', 'cancelled'):
+        if info.get('status') in ('failed', 'cancelled', 'postcopy-paused'):
             raise MigrationFailed(why_failed(session.destination or guest,
                                              info))
         return info.get('status') == 'completed'

@@ -16,29 +16,35 @@ import shutil
 import sys
 from typing import Callable, List, Sequence, Tuple
 
-from .common import (BUILD, GUEST, Failure, UserError, format_size, kernel,
-                     mib, pick_accelerator, rst_table)
+from lab import UserError
+from lab.base import BUILD
+from lab.guest.linux import GUEST, kernel
+from lab.measure.report import mib, rst_table
+from lab.memory import GIB, MIB, format_size
+from lab.migrate import MigrationFailed
+from lab.outcome import Wrong
+from lab.qemu import GuestError, import_qemu, pick_accelerator
+
 from . import virt
-from .direct import MODES, Chain, Hop
+from .direct import Chain, Hop
 from .guest import make_initramfs
 from .hosts import PATCHED, STOCK, Host, command, share
 from .vm import DIRECTORY, DISK, INITRAMFS, KERNEL, Kind
 
-GIB = 1 << 30
-DISK_SIZE = 64 << 20
+DISK_SIZE = 64 * MIB
 
 # Modes for a guest with vhost-user devices, and where they lead; the last ones
 # go through Debian's QEMU, which fills up
 VHOST_USER: Sequence[Tuple[str, str]] = (
     ('precopy', PATCHED), ('multifd', PATCHED), ('sparse-ram', PATCHED),
-    ('sparse-ram, multifd', PATCHED),
+    ('sparse-ram-multifd', PATCHED),
     ('precopy', STOCK), ('precopy', PATCHED),
     ('multifd', STOCK), ('multifd', PATCHED))
 
 # The same for one with a disk of QEMU's own: virtiofsd cannot do postcopy
 PLAIN: Sequence[Tuple[str, str]] = (
-    ('postcopy', PATCHED), ('postcopy, preempt', PATCHED),
-    ('sparse-ram, postcopy', PATCHED),
+    ('postcopy', PATCHED), ('preempt', PATCHED),
+    ('sparse-ram-preempt', PATCHED),
     ('postcopy', STOCK), ('postcopy', PATCHED))
 
 
@@ -50,8 +56,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=int, default=2, metavar='GIB',
                         help='guest RAM (default: 2)')
     parser.add_argument('--accel', choices=('kvm', 'tcg'))
-    parser.add_argument('--mode', choices=list(MODES), action='append',
-                        dest='modes', help='only this mode (can be repeated)')
+    parser.add_argument('--mode', action='append', dest='modes',
+                        choices=sorted({name for name, _ in (*VHOST_USER, *PLAIN)}),
+                        help='only this mode (can be repeated)')
     parser.add_argument('--part', choices=('vhost-user', 'plain', 'libvirt'),
                         action='append', dest='parts',
                         help='only this part (can be repeated)')
@@ -97,7 +104,7 @@ def travel(name: str, hosts: Sequence[Host], kind: Kind,
             print(f'  {row(hop)}', flush=True)
             done.append(hop)
             problems += [f'{name}, {where}: {each}' for each in hop.problems]
-    except Failure as err:
+    except (Wrong, MigrationFailed, GuestError) as err:
         problems.append(f'{name}, {where}: {err}')
     finally:
         chain.end()
@@ -194,6 +201,7 @@ def reap(child: int) -> int:
 def main() -> int:
     """In namespaces of our own already."""
     args = parse_args()
+    import_qemu()
     child = os.fork()
     if child:
         return reap(child)
@@ -204,7 +212,7 @@ def main() -> int:
     command('mount', '-t', 'tmpfs', '-o', 'mode=755', 'stack', directory)
     try:
         return run(args, directory)
-    except (Failure, UserError) as err:
+    except (Wrong, UserError) as err:
         print(f'FAILED: {err}')
         return 1
 

@@ -1,49 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Migrations of QEMU's own, from one host to the other."""
 
-import time
-from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import List, Sequence, Tuple
 
-from .common import MIB, Failure
-from .guest import IoConsole, check
+from lab.cli import memory_floor
+from lab.measure.operation import Migrate, Session
+from lab.memory import GIB, MIB
+from lab.migrate import clear_capabilities, watched
+from lab.modes import MODES
+
+from .guest import IoConsole, check, wait_for_boot
 from .hosts import PATCHED, STOCK, Host
 from .vm import Kind, Vm
 
-BOOT_TIMEOUT = 240
 HOP_TIMEOUT = 240
-CHECK_TIMEOUT = 60
 
 # What a side may have more than the source had: the guest runs on meanwhile
 MARGIN = 128 * MIB
 
 NAMES = {PATCHED: 'patched', STOCK: 'stock'}
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to migrate; capabilities of which stock knows all but one."""
-    capabilities: Tuple[str, ...] = ()
-    parameters: Dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def postcopy(self) -> bool:
-        """Whether the guest moves before its memory has."""
-        return 'postcopy-ram' in self.capabilities
-
-
-_CHANNELS = {'multifd-channels': 4}
-
-MODES = {
-    'precopy': Mode(),
-    'multifd': Mode(('multifd',), _CHANNELS),
-    'sparse-ram': Mode(('sparse-ram',)),
-    'sparse-ram, multifd': Mode(('sparse-ram', 'multifd'), _CHANNELS),
-    'postcopy': Mode(('postcopy-ram',)),
-    'postcopy, preempt': Mode(('postcopy-ram', 'postcopy-preempt')),
-    'sparse-ram, postcopy': Mode(('sparse-ram', 'postcopy-ram',
-                                  'postcopy-preempt')),
-}
 
 
 @dataclass(frozen=True)
@@ -64,50 +41,6 @@ class Hop:
         return replace(self, problems=tuple(problems))
 
 
-def _set_mode(vm: Vm, mode: Mode) -> None:
-    on = {each['capability']
-          for each in vm.qmp('query-migrate-capabilities') if each['state']}
-    states = [(name, False) for name in on - set(mode.capabilities)]
-    states += [(name, True) for name in mode.capabilities]
-    vm.qmp('migrate-set-capabilities', capabilities=[
-        {'capability': name, 'state': state} for name, state in states])
-    vm.qmp('migrate-set-parameters', **mode.parameters,
-           max_bandwidth=1 << 30, downtime_limit=1000)
-
-
-def _ended(vm: Vm) -> Callable[[], bool]:
-    def ask() -> bool:
-        state = vm.qmp('query-migrate')
-        if state.get('status') in ('failed', 'cancelled', 'postcopy-paused'):
-            raise Failure(f'migration {state["status"]}: '
-                          f'{state.get("error-desc", "no reason given")}')
-        return state.get('status') == 'completed'
-    return ask
-
-
-def migrate(source: Vm, destination: Vm, mode: Mode) -> float:
-    """Do it; returns the seconds until both sides have ended it."""
-    for vm in (source, destination):
-        _set_mode(vm, mode)
-    destination.qmp('migrate-incoming', uri='tcp:127.0.0.1:0')
-    port = destination.qmp('query-migrate')['socket-address'][0]['port']
-    started = time.monotonic()
-    if mode.postcopy:
-        # Slowly, so that it does not end before postcopy starts
-        source.qmp('migrate-set-parameters', max_bandwidth=16 * MIB)
-    source.qmp('migrate', uri=f'tcp:127.0.0.1:{port}')
-    if mode.postcopy:
-        time.sleep(1)
-        source.qmp('migrate-start-postcopy')
-    source.qmp.wait('the end of the migration', _ended(source), HOP_TIMEOUT)
-    destination.qmp.wait('the end on the destination', _ended(destination),
-                         HOP_TIMEOUT)
-    seconds = time.monotonic() - started
-    if mode.postcopy and not source.qmp('query-migrate')['ram']['postcopy-bytes']:
-        raise Failure('the migration ended before postcopy started')
-    return seconds
-
-
 def complaints(hop: Hop, guest_size: int) -> List[str]:
     """What is wrong with the memory of the patched side."""
     problems = []
@@ -126,45 +59,44 @@ class Chain:
     def __init__(self, hosts: Sequence[Host], kind: Kind, log: str) -> None:
         self._hosts, self._kind = hosts, kind
         self._console = IoConsole(log)
-        self._vm: Optional[Vm] = None
+        self._stack = ExitStack()
+        self._vm: Vm
 
     def boot(self, binary: str) -> float:
         """Start it; returns the seconds until its loads are at work."""
-        started = time.monotonic()
-        self._vm = self._new(self._hosts[0], binary, incoming=False)
-        while len(self._console.checked) < self._kind.targets or not all(
-                self._console.checked.values()):
-            if self._console.trouble():
-                raise Failure(f'the guest says: {self._console.trouble()}')
-            if time.monotonic() > started + BOOT_TIMEOUT:
-                raise Failure('the guest has not booted within '
-                              f'{BOOT_TIMEOUT} seconds')
-            time.sleep(0.1)
-        check(self._console, self._kind.targets, CHECK_TIMEOUT)
-        return time.monotonic() - started
+        self._vm = self._new(self._stack, self._hosts[0], binary, incoming=False)
+        return wait_for_boot(self._console, self._kind.targets)
 
-    def _new(self, host: Host, binary: str, incoming: bool) -> Vm:
-        vm = Vm(host, binary, self._kind, incoming)
+    def _new(self, stack: ExitStack, host: Host, binary: str,
+             incoming: bool) -> Vm:
+        vm = stack.enter_context(Vm(host, binary, self._kind, incoming))
         self._console.attach(vm.path('serial'))
         return vm
 
     def hop(self, name: str, binary: str) -> Hop:
         """Migrate it to the other host, and end what it leaves."""
         source = self._vm
-        assert source is not None
         other = self._hosts[source.host is self._hosts[0]]
-        destination = self._new(other, binary, incoming=True)
-        before = source.allocated()
-        seconds = migrate(source, destination, MODES[name])
-        after, there = source.allocated(), destination.allocated()
-        source.end()
+        mode = MODES[name].also(multifd_channels=4, downtime_limit=1000,
+                                max_bandwidth=1 * GIB)
+        with ExitStack() as stack:
+            destination = self._new(stack, other, binary, incoming=True)
+            # It was a destination before, and has those of that time
+            clear_capabilities(source)
+            before = source.allocated()
+            with watched((source, destination), memory_floor(),
+                         HOP_TIMEOUT) as watchdog:
+                times = Migrate(mode).run(
+                    Session(source, destination, watchdog, ''))
+            after, there = source.allocated(), destination.allocated()
+            self._stack.close()
+            self._stack = stack.pop_all()
         self._vm = destination
-        said = check(self._console, self._kind.targets, CHECK_TIMEOUT)
-        hop = Hop(name, NAMES[source.binary], NAMES[binary], seconds, before,
+        said = check(self._console, self._kind.targets)
+        hop = Hop(name, NAMES[source.binary], NAMES[binary], times.wall, before,
                   after, there, said)
         return hop.judged(complaints(hop, self._kind.size))
 
     def end(self) -> None:
         """End it where it is."""
-        if self._vm:
-            self._vm.end()
+        self._stack.close()

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 from typing import List, Sequence
 
-from .common import BUILD, Failure
+from lab.base import BUILD
+from lab.outcome import Wrong
 
 # The same directory for both hosts and for us: this exists everywhere
 SHARED = '/mnt'
@@ -27,7 +28,7 @@ def command(*words: str) -> str:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             timeout=120, check=False)
     if result.returncode:
-        raise Failure(f'{" ".join(words)}: {result.stdout.strip()}')
+        raise Wrong(f'{" ".join(words)}: {result.stdout.strip()}')
     return result.stdout
 
 
@@ -94,7 +95,7 @@ class Host:
         command('chroot', self.root, 'ldconfig')
         version = command('chroot', self.root, PATCHED, '--version')
         if 'QEMU emulator version' not in version:
-            raise Failure(f'the patched QEMU does not run there: {version}')
+            raise Wrong(f'the patched QEMU does not run there: {version}')
 
     def log(self, name: str) -> str:
         """Where a program's output goes."""

@@ -7,11 +7,15 @@ import time
 import uuid
 from typing import Callable, Dict, List, Sequence, Tuple
 
-from .common import Failure, mib
-from .direct import BOOT_TIMEOUT, CHECK_TIMEOUT, NAMES, Hop, complaints
-from .guest import COMMAND_LINE, IoConsole, check
+from lab.guest.linux import COMMAND_LINE
+from lab.measure.report import mib
+from lab.outcome import Wrong
+from lab.ram import Ram
+
+from .direct import NAMES, Hop, complaints
+from .guest import IoConsole, check, wait_for_boot
 from .hosts import PATCHED, SHARED, Host
-from .vm import DIRECTORY, INITRAMFS, KERNEL, Kind, memory_file, serve_disk
+from .vm import DIRECTORY, INITRAMFS, KERNEL, Kind, serve_disk
 
 TIMEOUT = 240
 NAME = 'guest'
@@ -110,7 +114,7 @@ class Daemon:
             try:
                 self.virsh('version')
                 return
-            except Failure:
+            except Wrong:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
@@ -124,11 +128,11 @@ class Daemon:
                 stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT,
                 check=False)
         except subprocess.TimeoutExpired as err:
-            raise Failure(f'virsh {words[0]} has not ended within {TIMEOUT} '
-                          'seconds') from err
+            raise Wrong(f'virsh {words[0]} has not ended within {TIMEOUT} '
+                        'seconds') from err
         if result.returncode:
-            raise Failure(f'virsh {" ".join(words[:3])}: '
-                          f'{result.stdout.strip()}')
+            raise Wrong(f'virsh {" ".join(words[:3])}: '
+                        f'{result.stdout.strip()}')
         return result.stdout
 
     def pid(self) -> int:
@@ -138,22 +142,9 @@ class Daemon:
             return int(file.read())
 
 
-class Memory:
-    """Guest RAM of a QEMU, which can be asked after that has ended."""
-
-    def __init__(self, pid: int) -> None:
-        path = memory_file(pid)
-        if path is None:
-            raise Failure(f'process {pid} has no guest RAM in a memfd')
-        self._fd = os.open(path, os.O_RDONLY)
-
-    def allocated(self) -> int:
-        """Bytes."""
-        return os.fstat(self._fd).st_blocks * 512
-
-    def close(self) -> None:
-        """Let it go."""
-        os.close(self._fd)
+def _allocated(fd: int) -> int:
+    """Bytes of a file."""
+    return os.fstat(fd).st_blocks * 512
 
 
 class Domain:
@@ -198,42 +189,20 @@ class Domain:
         """To the console, of a QEMU that has just started."""
         self._console.attach(self.here.host.path('/run/stack/serial'))
 
-    def check(self) -> str:
-        """What the guest says."""
-        return check(self._console, self._kind.targets, CHECK_TIMEOUT)
-
     def boot(self) -> None:
         """Start it, and wait until its loads are at work."""
         self._write_xml()
         self.here.virsh('define', self._file)
         self.here.virsh('start', NAME)
         self.attach()
-        started = time.monotonic()
-        while len(self._console.checked) < self._kind.targets or not all(
-                self._console.checked.values()):
-            if self._console.trouble():
-                raise Failure(f'the guest says: {self._console.trouble()}')
-            if time.monotonic() > started + BOOT_TIMEOUT:
-                raise Failure('the guest has not booted within '
-                              f'{BOOT_TIMEOUT} seconds')
-            time.sleep(0.1)
-        self.check()
+        wait_for_boot(self._console, self._kind.targets)
 
-    def migrate(self, *options: str) -> None:
-        """To the other host."""
+    def migrate(self, *options: str, by_daemon: bool = False) -> None:
+        """To the other host; by_daemon: by libvirtd and not by virsh."""
         here, there = self._daemons
         here.virsh('migrate', '--live', '--persistent', '--undefinesource',
-                   '--unsafe',
-                   *options, NAME, there.uri, 'tcp://127.0.0.1')
-        self._daemons.reverse()
-        self.attach()
-
-    def migrate_peer(self, *options: str) -> None:
-        """The same, by libvirtd and not by virsh."""
-        here, there = self._daemons
-        here.virsh('migrate', '--live', '--persistent', '--undefinesource',
-                   '--unsafe',
-                   '--p2p', *options, NAME, there.uri)
+                   '--unsafe', *(('--p2p',) if by_daemon else ()), *options, NAME,
+                   there.uri, *(() if by_daemon else ('tcp://127.0.0.1',)))
         self._daemons.reverse()
         self.attach()
 
@@ -272,19 +241,21 @@ class Domain:
         # this guest; the next one gets a new one
         os.unlink(SAVED)
 
+    def _ram(self) -> Ram:
+        return Ram.of(self.here.pid(), self._kind.size, has_file=True)
+
     def act(self, name: str, action: Callable[[], None]) -> Hop:
         """Do something that keeps the guest alive; what came of it."""
-        source = Memory(self.here.pid())
-        before = source.allocated()
-        started = time.monotonic()
-        action()
-        seconds = time.monotonic() - started
-        after = source.allocated()
-        source.close()
-        destination = Memory(self.here.pid())
-        there = destination.allocated()
-        destination.close()
-        said = self.check()
+        # An open file can be asked after its QEMU has ended
+        with self._ram().opened() as source:
+            before = _allocated(source)
+            started = time.monotonic()
+            action()
+            seconds = time.monotonic() - started
+            after = _allocated(source)
+        with self._ram().opened() as destination:
+            there = _allocated(destination)
+        said = check(self._console, self._kind.targets)
         emulator = NAMES[self.emulator]
         hop = Hop(f'libvirt: {name}', emulator, emulator, seconds, before,
                   after, there, said)
@@ -298,7 +269,7 @@ class Domain:
                                               '--snapshots-metadata')):
                 try:
                     daemon.virsh(*words)
-                except Failure:
+                except Wrong:
                     pass
         if os.path.exists(f'{QCOW2}.two'):
             os.unlink(f'{QCOW2}.two')
@@ -323,7 +294,8 @@ ACTIONS: Dict[bool, Dict[str, Callable[[Domain], None]]] = {
     False: {
         'migrate, postcopy': lambda domain: domain.migrate(
             '--postcopy', '--postcopy-after-precopy'),
-        'migrate, tunnelled': lambda domain: domain.migrate_peer('--tunnelled'),
+        'migrate, tunnelled': lambda domain: domain.migrate(
+            '--tunnelled', by_daemon=True),
         'snapshot, internal': Domain.snapshot,
         'snapshot, external': Domain.external_snapshot,
     },
@@ -347,7 +319,7 @@ def run(daemons: Sequence[Daemon], kind: Kind, name: str, log: str,
             done.append(hop)
             problems += [f'{hop.mode}: {each} ({mib(hop.after)} and '
                          f'{mib(hop.there)} MiB)' for each in hop.problems]
-    except Failure as err:
+    except (Wrong, RuntimeError) as err:
         problems.append(f'libvirt, {where}{name}: {err}')
     finally:
         domain.end()

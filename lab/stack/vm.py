@@ -2,16 +2,16 @@
 """A guest on one host: QEMU, in its sandbox, and the processes that serve it."""
 
 import os
-import signal
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List
 
-from .common import Failure
-from .guest import COMMAND_LINE
+from lab.guest.linux import COMMAND_LINE
+from lab.outcome import Wrong
+from lab.qemu import Guest
+
 from .hosts import SHARED, Host
-from .qmp import Qmp
 
 SANDBOX = ('on,obsolete=deny,elevateprivileges=deny,spawn=deny,'
            'resourcecontrol=deny')
@@ -20,8 +20,6 @@ DISK = f'{SHARED}/disk.img'
 DIRECTORY = f'{SHARED}/directory'
 KERNEL = f'{SHARED}/vmlinuz'
 INITRAMFS = f'{SHARED}/initramfs'
-
-_QMP_TIMEOUT = 60
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def _wait_for(path: str, process: 'subprocess.Popen[bytes]') -> None:
     deadline = time.monotonic() + 20
     while not os.path.exists(path):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise Failure(f'{path} is not there: {process.args!r} has failed')
+            raise Wrong(f'{path} is not there: {process.args!r} has failed')
         time.sleep(0.02)
 
 
@@ -59,28 +57,7 @@ def serve_disk(host: Host, path: str) -> 'subprocess.Popen[bytes]':
     return daemon
 
 
-def memory_file(pid: int) -> Optional[str]:
-    """The file that is a QEMU's guest RAM."""
-    directory = f'/proc/{pid}/fd'
-    for name in os.listdir(directory):
-        path = f'{directory}/{name}'
-        try:
-            if 'memfd:' in os.readlink(path) and 'memory-backend' in os.readlink(path):
-                return path
-        except FileNotFoundError:
-            pass
-    return None
-
-
-def allocated(pid: int) -> int:
-    """Bytes of guest RAM that are allocated."""
-    path = memory_file(pid)
-    if path is None:
-        raise Failure(f'process {pid} has no guest RAM in a memfd')
-    return os.stat(path).st_blocks * 512
-
-
-class Vm:
+class Vm(Guest):
     """A QEMU and its backends, each a process of its own."""
 
     _count = 0
@@ -88,66 +65,57 @@ class Vm:
     def __init__(self, host: Host, binary: str, kind: Kind,
                  incoming: bool) -> None:
         Vm._count += 1
-        self.host, self.binary = host, binary
-        self._directory = f'/run/stack/{Vm._count}'
-        os.makedirs(host.path(self._directory))
+        self.host, self.binary, self._kind = host, binary, kind
+        self._sockets = f'/run/stack/{Vm._count}'
         self._processes: List['subprocess.Popen[bytes]'] = []
-        options = self._serve_disk_and_directory() if kind.vhost_user else [
+        options = self._vhost_user() if kind.vhost_user else [
             '-blockdev', f'file,node-name=disk,filename={DISK},locking=off,'
             'cache.direct=on,aio=native', '-device',
             'virtio-blk-pci,drive=disk,share-rw=on']
-        self._qemu = self._start('qemu', [
-            binary, '-nodefaults', '-display', 'none', '-no-user-config',
-            '-sandbox', SANDBOX, '-accel', kind.accelerator, '-smp', '2',
-            '-m', f'{kind.size}B', '-object', 'memory-backend-memfd,id=mem,'
-            f'size={kind.size}B,share=on',
-            '-machine', f'{kind.machine},memory-backend=mem',
-            '-kernel', KERNEL, '-initrd', INITRAMFS, '-append', COMMAND_LINE,
-            '-qmp', self._server('qmp'),
-            '-chardev', f'socket,id=serial,path={self._directory}/serial,'
-            'server=on,wait=off', '-serial', 'chardev:serial',
-            '-device', 'virtio-balloon-pci,free-page-reporting=on',
-            *options, *(('-incoming', 'defer') if incoming else ())])
-        _wait_for(self.path('qmp'), self._qemu)
-        self.qmp = Qmp(self.path('qmp'), _QMP_TIMEOUT)
+        super().__init__(
+            f'{host.name}-{Vm._count}', binary, kind.size, accel=kind.accelerator,
+            incoming=incoming, wrapper=('chroot', host.root), extra_args=(
+                '-machine', kind.machine, '-sandbox', SANDBOX, '-smp', '2',
+                '-kernel', KERNEL, '-initrd', INITRAMFS, '-append', COMMAND_LINE,
+                '-chardev', f'socket,id=serial,path={self._sockets}/serial,'
+                'server=on,wait=off', '-serial', 'chardev:serial',
+                '-device', 'virtio-balloon-pci,free-page-reporting=on',
+                *options))
 
     def path(self, name: str) -> str:
         """A socket of this guest, as we see it."""
-        return self.host.path(f'{self._directory}/{name}')
-
-    @property
-    def pid(self) -> int:
-        """QEMU's, to which chroot has become."""
-        return self._qemu.pid
+        return self.host.path(f'{self._sockets}/{name}')
 
     def allocated(self) -> int:
         """Bytes of guest RAM that are allocated."""
-        return allocated(self.pid)
+        return self.ram.allocated() or 0
 
-    def _server(self, name: str) -> str:
-        return f'unix:{self._directory}/{name},server=on,wait=off'
-
-    def _start(self, name: str, words: List[str]) -> 'subprocess.Popen[bytes]':
-        process = self.host.start(name, words)
-        self._processes.append(process)
-        return process
-
-    def _serve_disk_and_directory(self) -> List[str]:
-        """Start qemu-storage-daemon and virtiofsd; returns QEMU's options."""
-        disk, share = (f'{self._directory}/{name}' for name in ('disk', 'fs'))
-        self._processes.append(serve_disk(self.host, disk))
-        virtiofsd = self._start('virtiofsd', [
-            '/usr/libexec/virtiofsd', f'--socket-path={share}',
-            f'--shared-dir={DIRECTORY}'])
-        _wait_for(self.path('fs'), virtiofsd)
-        return ['-chardev', f'socket,id=disk,path={disk}',
+    def _vhost_user(self) -> List[str]:
+        """QEMU's options for what qemu-storage-daemon and virtiofsd serve."""
+        return ['-chardev', f'socket,id=disk,path={self._sockets}/disk',
                 '-device', 'vhost-user-blk-pci,chardev=disk,num-queues=1',
-                '-chardev', f'socket,id=fs,path={share}',
+                '-chardev', f'socket,id=fs,path={self._sockets}/fs',
                 '-device', 'vhost-user-fs-pci,chardev=fs,tag=share']
 
-    def end(self) -> None:
-        """Kill all of it."""
-        self.qmp.close()
+    def _start(self) -> None:
+        os.makedirs(self.host.path(self._sockets))
+        if self._kind.vhost_user:
+            self._processes.append(
+                serve_disk(self.host, f'{self._sockets}/disk'))
+            virtiofsd = self.host.start('virtiofsd', [
+                '/usr/libexec/virtiofsd',
+                f'--socket-path={self._sockets}/fs',
+                f'--shared-dir={DIRECTORY}'])
+            self._processes.append(virtiofsd)
+            _wait_for(self.path('fs'), virtiofsd)
+        super()._start()
+
+    def __exit__(self, *exc: object) -> None:
+        """End all of it; what QEMU has said goes to a log."""
+        if self._vm:
+            with open(self.host.log('qemu'), 'a', encoding='utf-8') as log:
+                log.write(self.end())
+        super().__exit__(*exc)
         for process in self._processes:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
