@@ -23,6 +23,7 @@ migrate     configuring a migration, waiting for it, and ending it in time
 measure     anything that reads all of guest RAM, measured
 stream      what is in a migration stream
 outcome     what became of a test
+jobs        many cases, side by side
 base        the QEMU series, and where it lies
 cgroup, host, memory    what this machine has
 cli, terminal           what command lines and output have in common

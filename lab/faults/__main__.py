@@ -17,13 +17,10 @@ import argparse
 import itertools
 import os
 import sys
-import threading
 import time
-from concurrent.futures import (FIRST_COMPLETED, Future, ThreadPoolExecutor,
-                                wait)
-from typing import Iterator, List, Optional, Set, Tuple
+from typing import Iterable, Iterator, List, Tuple
 
-from lab import UserError, cli, host, qemu
+from lab import UserError, cli, jobs, qemu
 from lab.base import BUILD
 from lab.faults import cases, known, live, report
 from lab.faults.attempt import Ending
@@ -45,18 +42,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument('--seed', type=int, help='this case only')
-    what.add_argument('--cases', type=int, metavar='N', default=100,
-                      help='so many drawn cases (default: 100)')
+    jobs.add_arguments(parser, what)
     what.add_argument('--fixed', action='store_true',
                       help='a few cases that always are the same')
     what.add_argument('--live', type=int, metavar='N',
                       help='so many cases with a guest that runs')
-    parser.add_argument('--first', type=int, metavar='SEED',
-                        help='seed of the first drawn case (default: the '
-                             'time)')
-    parser.add_argument('--seconds', type=float,
-                        help='start no more cases after this time')
     parser.add_argument('--fault', action='append', default=[],
                         choices=cases.FAULTS, help='only this kind of fault')
     parser.add_argument('--mode', action='append', default=[],
@@ -65,9 +55,6 @@ def parse_args() -> argparse.Namespace:
                                        'contain this')
     parser.add_argument('--repeat', type=int, default=1,
                         help='each case so many times')
-    parser.add_argument('--jobs', type=int,
-                        default=host.cpus(),
-                        help='cases at a time (default: one a CPU)')
     parser.add_argument('--library', metavar='FILE',
                         default=f'{BUILD}/rig/fail-calls.so',
                         help='what lets system calls fail')
@@ -82,10 +69,6 @@ def parse_args() -> argparse.Namespace:
                              'have to fail')
     parser.add_argument('--not-sparse', action='store_true',
                         help='RAM need not stay sparse: for --patched STOCK')
-    parser.add_argument('--tap', action='store_true',
-                        help='print a line of TAP for each case')
-    parser.add_argument('--verbose', action='store_true',
-                        help='describe each case')
     cli.add_qemu_arguments(parser)
     return parser.parse_args()
 
@@ -93,23 +76,18 @@ def parse_args() -> argparse.Namespace:
 def chosen(args: argparse.Namespace) -> Iterator[Named]:
     """The cases to run, with names."""
     if args.seed is not None:
-        named: Iterator[Named] = iter([(f'seed-{args.seed}',
-                                        cases.draw(args.seed))])
+        seeds: Iterable[int] = [args.seed]
     elif args.fixed:
-        named = iter([(name, case) for name, case in cases.fixed()
-                      if not args.name or args.name in name])
+        return (each for each in cases.fixed()
+                if not args.name or args.name in each[0])
     else:
-        first = args.first if args.first is not None else int(time.time())
-        cli.say(f'faults: --first {first}')
-    if args.live is not None:
-        named = iter([(f'live-{seed}', live.draw(seed)[0])
-                      for seed in range(first, first + args.live)])
-    elif args.seed is None and not args.fixed:
-        named = ((f'seed-{case.seed}', case) for case in itertools.islice(
-            cases.drawn(first, args.fault, args.mode), args.cases))
-    for name, case in named:
-        for _ in range(args.repeat):
-            yield name, case
+        cli.say(f'faults: --first {args.first}')
+        if args.live is not None:
+            return ((f'live-{seed}', live.draw(seed)[0])
+                    for seed in range(args.first, args.first + args.live))
+        seeds = (case.seed for case in itertools.islice(
+            cases.drawn(args.first, args.fault, args.mode), args.cases))
+    return ((f'seed-{seed}', cases.draw(seed)) for seed in seeds)
 
 
 class Printer:
@@ -118,33 +96,25 @@ class Printer:
     def __init__(self, tap: bool, verbose: bool):
         self._tap = tap
         self._verbose = verbose
-        self._lock = threading.Lock()
         self._number = 0
 
     def say(self, name: str, result: Result) -> None:
         """One more."""
-        with self._lock:
-            self._number += 1
-            if self._tap:
-                print(result.outcome_of(name).tap(self._number, (
-                    report.failure(result, name) if result.complaint else '')),
-                    flush=True)
-            elif result.complaint:
-                print(report.failure(result, name), flush=True)
-            if self._verbose and not result.complaint:
-                print(f'{result.seconds:5.1f} s  {result.outcome or "skipped"}'
-                      f': {result.case.describe()}', flush=True)
+        self._number += 1
+        failure = report.failure(result, name) if result.complaint else ''
+        if self._tap:
+            print(result.outcome_of(name).tap(self._number, failure), flush=True)
+        elif failure:
+            print(failure, flush=True)
+        if self._verbose and not failure:
+            print(f'{result.seconds:5.1f} s  {result.outcome or "skipped"}'
+                  f': {result.case.describe()}', flush=True)
 
 
 def run_all(args: argparse.Namespace, tools: Tools) -> List[Result]:
     """Run what was chosen, side by side."""
-    printer = Printer(args.tap, args.verbose)
-    results: List[Result] = []
-    todo = chosen(args)
-    deadline = time.monotonic() + args.seconds if args.seconds else None
-    running: Set['Future[Tuple[str, Result]]'] = set()
-
-    def run_one(name: str, case: Case) -> Tuple[str, Result]:
+    def run_one(named: Named) -> Tuple[str, Result]:
+        name, case = named
         if args.live is not None:
             return name, live.run_live(case.seed, tools)
         result = run_case(case, tools)
@@ -154,24 +124,13 @@ def run_all(args: argparse.Namespace, tools: Tools) -> List[Result]:
             result.skipped = result.skipped or 'the call was never made'
         return name, result
 
-    def next_one() -> Optional[Named]:
-        if deadline and time.monotonic() > deadline:
-            return None
-        return next(todo, None)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        more = True
-        while more or running:
-            while more and len(running) < args.jobs:
-                named = next_one()
-                more = named is not None
-                if named:
-                    running.add(pool.submit(run_one, *named))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                name, result = future.result()
-                results.append(result)
-                printer.say(name, result)
+    printer = Printer(args.tap, args.verbose)
+    results: List[Result] = []
+    todo = (named for named in chosen(args) for _ in range(args.repeat))
+    for name, result in jobs.side_by_side(
+            run_one, jobs.within(todo, args.seconds), args.jobs):
+        results.append(result)
+        printer.say(name, result)
     return results
 
 

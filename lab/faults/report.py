@@ -2,17 +2,10 @@
 """What came of many cases, as text."""
 
 from collections import Counter
-from typing import Iterable, List, Tuple
+from typing import List
 
 from lab.faults.run import Result
-
-
-def _table(header: Tuple[str, ...],
-           rows: Iterable[Tuple[str, ...]]) -> List[str]:
-    table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    return ['  '.join(cell.ljust(width) for cell, width
-                      in zip(row, widths)).rstrip() for row in table]
+from lab.measure.report import rst_table
 
 
 def failure(result: Result, name: str = '') -> str:
@@ -35,14 +28,14 @@ def summary(results: List[Result], seconds: float) -> str:
                        for result in ran if not result.complaint)
     calls: Counter[str] = Counter()
     for result in ran:
-        calls.update(result.failed_calls)
-    lines = _table(('fault', 'outcome', 'cases'),
-                   [(fault, outcome, str(count)) for (fault, outcome), count
-                    in sorted(outcomes.items())])
+        calls += result.failed_calls
+    lines = [rst_table(('fault', 'outcome', 'cases'),
+                       [(fault, outcome, str(count)) for (fault, outcome), count
+                        in sorted(outcomes.items())])]
     if calls:
-        lines += ['', *_table(('call that failed', 'times'),
-                              [(call, str(count)) for call, count
-                               in sorted(calls.items()) if count])]
+        lines += ['', rst_table(('call that failed', 'times'),
+                                [(call, str(count)) for call, count
+                                 in sorted(calls.items())])]
     skipped = Counter(result.skipped for result in results if result.skipped)
     lines += ['', *(f'{count} skipped: {reason}' for reason, count
                     in skipped.items())]

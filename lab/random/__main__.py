@@ -13,20 +13,14 @@ it does not depend on time.  The last line is "N passed, N failed, N skipped".
 
 import argparse
 import collections
-import multiprocessing
-import os
 import sys
 import time
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
-from lab import cli, host
-from lab.memory import MIB, available
+from lab import cli, jobs
 from lab.random.case import PATCHED, STOCK, draw
 from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
 from lab.random.run import Setup, run_case
-
-# What a case may need: two guests, which may be filled, and Python
-_MEMORY_PER_JOB = 512 * MIB
 
 _PROGRESS = 30.0                # seconds between lines that say how far it is
 
@@ -45,24 +39,9 @@ def parse_arguments() -> argparse.Namespace:
         prog='python3 -m lab.random',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seed', type=int, metavar='N',
-                        help='run this case only')
-    parser.add_argument('--first', type=int, metavar='N',
-                        help='seed of the first case, of which the others '
-                             'follow (default: drawn, and printed)')
-    parser.add_argument('--cases', type=int, default=100, metavar='N',
-                        help='how many (default: 100)')
-    parser.add_argument('--seconds', type=float, metavar='N',
-                        help='start no case after this time')
-    parser.add_argument('--jobs', type=int, metavar='N',
-                        help='how many at a time (default: as many as CPUs '
-                             'and memory allow)')
+    jobs.add_arguments(parser, parser.add_mutually_exclusive_group())
     parser.add_argument('--list', action='store_true',
                         help='only print what the cases are')
-    parser.add_argument('--verbose', action='store_true',
-                        help='print what is done')
-    parser.add_argument('--tap', action='store_true',
-                        help='print the outcomes as TAP, for run-tests')
     parser.add_argument('--sabotage', default='',
                         choices=('stock-destination', 'holes-off'),
                         help='to see it fail: have the stock QEMU, or '
@@ -75,19 +54,8 @@ def seeds_of(args: argparse.Namespace) -> List[int]:
     """Seeds of the cases to run."""
     if args.seed is not None:
         return [args.seed]
-    first = args.first
-    if first is None:
-        first = int.from_bytes(os.urandom(4), 'little')
-    print(f'# {args.cases} cases from seed {first} on', flush=True)
-    return list(range(first, first + args.cases))
-
-
-def _within(seeds: List[int], seconds: Optional[float]) -> Iterator[int]:
-    deadline = time.monotonic() + seconds if seconds else None
-    for seed in seeds:
-        if deadline and time.monotonic() > deadline:
-            return
-        yield seed
+    print(f'# {args.cases} cases from seed {args.first} on', flush=True)
+    return list(range(args.first, args.first + args.cases))
 
 
 def _failure(seed: int, outcome: Outcome) -> str:
@@ -164,12 +132,6 @@ def _indented(text: str) -> str:
     return '\n'.join(f'    {line}' for line in text.splitlines())
 
 
-def _jobs(wanted: Optional[int]) -> int:
-    if wanted:
-        return wanted
-    return max(1, min(host.cpus(), available() // 2 // _MEMORY_PER_JOB))
-
-
 _BEGAN = time.monotonic()
 
 
@@ -192,17 +154,12 @@ def run() -> int:
                    floor=cli.memory_floor(), sabotage=args.sabotage,
                    say=_say if args.verbose else lambda _: None)
     tally = TapTally() if args.tap else Tally()
-    if len(seeds) == 1:
-        if args.verbose:
-            print(draw(seeds[0]))
-        tally.add(*_run_seed(seeds[0]))
-        return tally.close()
+    if len(seeds) == 1 and args.verbose:
+        print(draw(seeds[0]))
     # Processes, because the setting of huge pages is a process's
-    context = multiprocessing.get_context('fork')
-    with context.Pool(_jobs(args.jobs)) as pool:
-        for result in pool.imap_unordered(_run_seed,
-                                          _within(seeds, args.seconds)):
-            tally.add(*result)
+    for result in jobs.side_by_side(_run_seed, jobs.within(seeds, args.seconds),
+                                    args.jobs, processes=True):
+        tally.add(*result)
     return tally.close()
 
 
