@@ -20,7 +20,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 from lab import UserError, host
 from lab.base import BUILD
 from lab.memory import MIB
+from lab.outcome import ending
 from lab.ram import Ram
 from lab.stream import (CONTINUE, DATA, EOS, PAGE, XBZRLE, ZERO, Stream,
                         StreamError)
@@ -240,9 +240,7 @@ def check(binary: str, path: str, sparse: bool) -> str:
             return f'no answer within {TIMEOUT} seconds'
         errors = target.errors()
         if status != 1:
-            how = (signal.Signals(-status).name if status < 0
-                   else f'status {status}')
-            return f'QEMU ended with {how}: {errors.strip()[-2000:]}'
+            return f'QEMU has ended, {ending(status)}: {errors.strip()[-2000:]}'
         if 'runtime error' in errors or 'Sanitizer' in errors:
             return f'a sanitizer said: {errors.strip()[-2000:]}'
         return '' if errors.strip() else 'QEMU ended without a message'

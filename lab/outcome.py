@@ -2,6 +2,7 @@
 """What becomes of a test, and of what it needs."""
 
 import re
+import signal
 from dataclasses import dataclass
 
 PASSED, FAILED, SKIPPED = 'passed', 'failed', 'skipped'
@@ -19,6 +20,16 @@ def expect(good: bool, what: str) -> None:
     """Raise Wrong, which says what, unless good."""
     if not good:
         raise Wrong(what)
+
+
+def ending(status: int) -> str:
+    """How a process ended, in words; status: negative for a signal."""
+    if status >= 0:
+        return f'exit status {status}'
+    try:
+        return f'killed by {signal.Signals(-status).name}'
+    except ValueError:
+        return f'killed by signal {-status}'
 
 
 @dataclass

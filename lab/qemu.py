@@ -22,6 +22,7 @@ from lab import UserError
 from lab.base import BUILD
 from lab.cgroup import Cgroup
 from lab.memory import format_size
+from lab.outcome import ending
 from lab.ram import KINDS, Ram, Sample, sample
 
 # Where QEMU's own Python packages are
@@ -192,9 +193,7 @@ class Qemu:
         poll.register(self._pidfd, select.POLLIN)
         poll.poll(_EXIT_TIMEOUT * 1000)     # it may not have ended yet
         self._vm.kill()
-        exitcode = self._vm.exitcode()
-        how = (f'was killed by signal {-exitcode}' if exitcode < 0 else
-               f'ended with status {exitcode}')
+        how = f'has ended, {ending(self._vm.exitcode())}'
         line = _last_line(self._vm.get_log())
         return f'{how}: {line}' if line else how
 

@@ -25,7 +25,6 @@ nothing failed and every suite ran something.
 
 import argparse
 import collections
-import concurrent.futures
 import fnmatch
 import functools
 import glob
@@ -42,17 +41,17 @@ import traceback
 from typing import (Any, Callable, Dict, List, Optional, Sequence, TextIO,
                     Tuple)
 
-from lab import host, memory, terminal
+from lab import host, jobs, memory, terminal
 from lab.base import BUILD, PATCHES, ROOT
 from lab.ci import sanitizers, tap
-from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, ending
+from lab.qemu import pick_accelerator
 
 LOGS = os.path.join(BUILD, 'logs/tests')
 PATCHED = os.path.join(BUILD, 'patched')
 STOCK = os.path.join(BUILD, 'stock')
 PATCHED_SOURCE = os.path.join(BUILD, 'patched-src')
-STOCK_FAILURES = os.path.join(
-    ROOT, 'tests/stock-failures.txt')
+STOCK_FAILURES = os.path.join(ROOT, 'tests/stock-failures.txt')
 
 OWN_TESTS = '/x86_64/migration/sparse/'
 LONG_GUEST_TESTS = OWN_TESTS + 'stress/long/'
@@ -77,7 +76,6 @@ UNAVAILABLE = 77
 
 # How long damaged streams are fed to QEMU, in seconds
 FUZZ_TIME = 30
-
 
 # How many migrations fail at random, and how many with a guest that runs
 RANDOM_FAULTS = 500
@@ -168,7 +166,7 @@ class Accelerator:
         wanted = os.environ.get('SPARSE_RAM_ACCEL')
         if wanted not in (None, 'kvm', 'tcg'):
             sys.exit(f'run-tests: SPARSE_RAM_ACCEL={wanted} is neither kvm nor tcg')
-        if wanted == 'kvm' or (wanted is None and self._has_hardware()):
+        if (wanted or pick_accelerator()) == 'kvm':
             return 'KVM'
         user = [] if os.geteuid() == 0 else ['--map-root-user']
         prefix = ['unshare', '--mount', *user, 'sh', '-ec',
@@ -178,17 +176,6 @@ class Accelerator:
             return 'KVM (TCG would be faster, but /dev/kvm cannot be hidden)'
         self.prefix = prefix
         return 'TCG'
-
-    @staticmethod
-    def _has_hardware() -> bool:
-        try:
-            with open('/proc/cpuinfo', encoding='utf-8') as file:
-                for line in file:
-                    if line.startswith('flags'):
-                        return bool({'vmx', 'svm'} & set(line.split()))
-        except OSError:
-            pass
-        return True
 
 
 def room_left() -> str:
@@ -203,9 +190,7 @@ def room_left() -> str:
 
 def job_count() -> int:
     """How many test programs to run side by side."""
-    if os.environ.get('JOBS'):
-        return int(os.environ['JOBS'])
-    return max(1, min(host.cpus(), memory.available() // MEMORY_PER_JOB))
+    return int(os.environ.get('JOBS') or jobs.fitting(MEMORY_PER_JOB))
 
 
 def open_log(suite: str, name: str) -> TextIO:
@@ -256,7 +241,7 @@ class MigrationTest:
                                     text=True, check=False)
             if result.returncode:
                 raise RuntimeError(
-                    f'{program} -l: {tap.ending(result.returncode)}: '
+                    f'{program} -l: {ending(result.returncode)}: '
                     + result.stdout.strip().rpartition('\n')[2])
             for line in result.stdout.splitlines():
                 if line.startswith('/'):
@@ -303,19 +288,17 @@ class MigrationTest:
     def run(self, suite: str, paths: List[str], chunks_per_job: int,
             add: Callable[[Outcome], None]) -> None:
         """Runs the tests side by side; @add is called for each."""
-        jobs = job_count()
-        size = max(1, len(paths) // (jobs * chunks_per_job))
+        at_a_time = job_count()
+        size = max(1, len(paths) // (at_a_time * chunks_per_job))
         if not self.program_of:
             self.list()
         chunks = []
         for program in TEST_PROGRAMS:
             own = [path for path in paths if self.program_of[path] == program]
             chunks += [own[at:at + size] for at in range(0, len(own), size)]
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(self._run_chunk, suite, chunk, add)
-                       for chunk in chunks]
-            for future in futures:
-                future.result()
+        for _ in jobs.side_by_side(lambda chunk: self._run_chunk(suite, chunk, add),
+                                   chunks, at_a_time):
+            pass
 
 
 # --- the suites ---
@@ -340,21 +323,29 @@ def run_meson_test(suite: str, test: Dict[str, Any], report: Report,
             report.add(suite, outcome)
 
 
-def run_logged(suite: str, name: str, report: Report,
-               command: Sequence[str], cwd: str = ROOT) -> bool:
-    """Runs a command; only its failure is reported."""
+def run_logged(suite: str, name: str, report: Report, command: Sequence[str],
+               tell: bool = False) -> bool:
+    """Runs a command; its failure is reported.
+
+    tell: so is its success, with its last line; it may not be able to run
+    Returns whether it has succeeded.
+    """
     began = time.monotonic()
     with open_log(suite, name) as log:
-        code = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL,
+        code = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL,
                               stdout=log, stderr=subprocess.STDOUT,
                               check=False).returncode
-        path = log.name
-    if code:
-        with open(path, encoding='utf-8', errors='replace') as log:
-            sys.stdout.writelines(f'    {line}' for line in list(log)[-20:])
-        report.add(suite, Outcome(name, FAILED,
-                                  f'{tap.ending(code)}, see {shown(path)}',
-                                  time.monotonic() - began))
+    with open(log.name, encoding='utf-8', errors='replace') as text:
+        said = text.read().splitlines() or ['it said nothing']
+    status, reason = PASSED, said[-1]
+    if tell and code == UNAVAILABLE:
+        status = SKIPPED
+    elif code:
+        sys.stdout.writelines(f'    {line}\n' for line in said[-20:])
+        status, reason = FAILED, f'{ending(code)}, see {shown(log.name)}'
+    if tell or code:
+        report.add(suite, Outcome(name, status, reason,
+                                  time.monotonic() - began, log=log.name))
     return code == 0
 
 
@@ -411,11 +402,6 @@ def qtest(report: Report) -> None:
     own = [path for path in program.list() if path.startswith(OWN_TESTS)]
     program.run('qtest', own, 4, lambda outcome: report.add('qtest', outcome))
 
-    if not os.path.exists(STOCK_FAILURES):
-        report.add('qtest stock', Outcome(
-            'tests that must fail on a stock QEMU', FAILED,
-            f'{shown(STOCK_FAILURES)} is missing'))
-        return
     biting: List[str] = []
     for pattern in stock_failures():
         matching = [path for path in own if fnmatch.fnmatchcase(path, pattern)]
@@ -485,14 +471,8 @@ def qemu(report: Report) -> None:
 
 def fuzz(report: Report) -> None:
     """A short run of what 'make fuzz' does; its log has the seed."""
-    began = time.monotonic()
-    if run_logged('fuzz', 'fuzz-stream', report,
-                  rig_command('fuzz-stream', '--seconds', str(FUZZ_TIME))):
-        with open(os.path.join(LOGS, 'fuzz/fuzz-stream.log'),
-                  encoding='utf-8') as log:
-            said = log.read().splitlines()[-1]
-        report.add('fuzz', Outcome('fuzz-stream', PASSED, said,
-                                   time.monotonic() - began))
+    run_logged('fuzz', 'fuzz-stream', report,
+               rig_command('fuzz-stream', '--seconds', str(FUZZ_TIME)), tell=True)
 
 
 # What a program is called in a report, and the module that it is
@@ -573,19 +553,8 @@ def guests_long(report: Report) -> None:
 
 def real_guest(report: Report) -> None:
     """Linux with a load, migrated back and forth; some minutes."""
-    began = time.monotonic()
-    with open_log('real-guest', 'real-guest') as log:
-        code = subprocess.run(rig_command('real-guest'), cwd=ROOT,
-                              stdin=subprocess.DEVNULL, stdout=log,
-                              stderr=subprocess.STDOUT, check=False).returncode
-    with open(log.name, encoding='utf-8', errors='replace') as text:
-        said = text.read().splitlines() or ['it said nothing']
-    telling = ([line for line in said if line.startswith('FAILED')]
-               + [line for line in said if ' hops, ' in line] + said[-1:])
-    status = {0: PASSED, UNAVAILABLE: SKIPPED}.get(code, FAILED)
-    report.add('real-guest', Outcome(
-        'real-guest', status, telling[0],
-        time.monotonic() - began, log=log.name))
+    run_logged('real-guest', 'real-guest', report, rig_command('real-guest'),
+               tell=True)
 
 
 def faults(report: Report) -> None:
@@ -596,17 +565,9 @@ def faults(report: Report) -> None:
 
 def faults_long(report: Report) -> None:
     """Migrations that fail in drawn ways; the log has the seeds."""
-    for name, arguments in (('random', ['--cases', str(RANDOM_FAULTS)]),
-                            ('live', ['--live', str(LIVE_FAULTS)])):
-        began = time.monotonic()
-        if run_logged('faults-long', name, report,
-                      rig_command('faults', '--jobs', str(job_count()),
-                                  *arguments)):
-            with open(os.path.join(LOGS, f'faults-long/{name}.log'),
-                      encoding='utf-8') as log:
-                said = log.read().splitlines()[-1]
-            report.add('faults-long', Outcome(name, PASSED, said,
-                                              time.monotonic() - began))
+    for arguments in (['--cases', str(RANDOM_FAULTS)], ['--live', str(LIVE_FAULTS)]):
+        run_rig('faults-long', 'faults', report, '--tap', '--jobs',
+                str(job_count()), *arguments)
 
 
 def old_new(report: Report) -> None:
@@ -627,7 +588,7 @@ def old_new_long(report: Report) -> None:
         options = ['--no-old', said]
     elif result.returncode:
         report.add(suite, Outcome('get-old-qemu', FAILED,
-                                  said or tap.ending(result.returncode)))
+                                  said or ending(result.returncode)))
         return
     run_rig(suite, 'old-and-new', report, *options)
     run_rig(suite, 'same-stream', report)
@@ -724,16 +685,6 @@ def run_sanitized(suite: str, report: Report) -> None:
         report.add(suite, Outcome('reports', PASSED,
                                   f'{sum(verdict.listed.values())} of what '
                                   'QEMU without the patches reports, too'))
-
-
-def asan(report: Report) -> None:
-    """Our migration tests under AddressSanitizer and UBSan."""
-    run_sanitized('asan', report)
-
-
-def tsan(report: Report) -> None:
-    """Those of multifd and postcopy under ThreadSanitizer."""
-    run_sanitized('tsan', report)
 
 
 def list_reports(suite: str, report: Report) -> None:
@@ -849,7 +800,10 @@ SUITES = {'unit': unit, 'qtest': qtest, 'qemu': qemu, 'fuzz': fuzz,
 
 LONG_SUITES = {'random-long': random_long, 'faults-long': faults_long,
                'old-new-long': old_new_long, 'guests-long': guests_long,
-               'real-guest': real_guest, 'asan': asan, 'tsan': tsan}
+               'real-guest': real_guest,
+               # Under AddressSanitizer and UBSan, and under ThreadSanitizer
+               **{suite: functools.partial(run_sanitized, suite)
+                  for suite in SANITIZERS}}
 
 # For whoever writes a list
 LISTS = {f'{suite}-list': functools.partial(list_reports, suite)

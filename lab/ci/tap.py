@@ -13,7 +13,7 @@ import subprocess
 import time
 from typing import Callable, Dict, IO, Iterator, List, Optional, Sequence
 
-from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, ending
 
 RESULT = re.compile(r'(?P<bad>not )?ok\b\s*(?P<number>\d+)?\s*(?:- )?'
                     r'(?P<name>[^#]*?)\s*(?:#\s*(?P<directive>.*))?$')
@@ -80,16 +80,6 @@ class Parser:
             return None
         self.outcomes[name] = outcome
         return outcome
-
-
-def ending(returncode: int) -> str:
-    """How a process ended, in words."""
-    if returncode >= 0:
-        return f'exit status {returncode}'
-    try:
-        return f'killed by {signal.Signals(-returncode).name}'
-    except ValueError:
-        return f'killed by signal {-returncode}'
 
 
 def lines_of(stream: IO[bytes], timeout: float) -> Iterator[str]:

@@ -15,7 +15,7 @@ from lab.faults.peek import Expected
 from lab.faults.sides import (Layout, Side, Snapshot, allocated,
                               allocation_unit)
 from lab.memory import PAGE_SIZE
-from lab.outcome import Wrong, expect
+from lab.outcome import Wrong, ending, expect
 from lab.qemu import GuestError
 from lab.ram import HUGE_PAGE, KINDS, Ram
 
@@ -35,13 +35,6 @@ def warnings(log: str) -> Dict[str, int]:
     for block in _WARNING.findall(log):
         found[block] = found.get(block, 0) + 1
     return found
-
-
-def ending_of(status: int) -> str:
-    """How a process ended, in words."""
-    if status >= 0:
-        return f'ended with status {status}'
-    return f'was killed by {signal.Signals(-status).name}'
 
 
 def check_content(what: str, expected: Ram, side: Side) -> None:
@@ -163,7 +156,7 @@ def check_ended(side: Side, case: Case, oom_killed: bool,
             return
         if known in (MAPPED_RAM_SHORT, POSTCOPY_EARLY, PREEMPT_RECOVER):
             return
-    raise Wrong(f'the {side.name} {ending_of(status)}')
+    raise Wrong(f'the {side.name} has ended: {ending(status)}')
 
 
 def check_warnings(log: str, name: str, migrations: int) -> None:
