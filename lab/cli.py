@@ -62,6 +62,17 @@ def add_qemu_arguments(parser: argparse.ArgumentParser) -> None:
                              '(default: $QEMU_ARGS)')
 
 
+def add_size_arguments(parser: argparse.ArgumentParser, size: int,
+                       stock_size: int) -> None:
+    """How large guests are, by default."""
+    parser.add_argument('--size', type=guest_size, default=size,
+                        help='guest RAM, at most, for the patched QEMU '
+                             f'(default {memory.format_size(size)})')
+    parser.add_argument('--stock-size', type=guest_size, default=stock_size,
+                        help='guest RAM, at most, where it fills up '
+                             f'(default {memory.format_size(stock_size)})')
+
+
 def check_binaries(paths: Iterable[Optional[str]]) -> None:
     """Raise UserError unless all the binaries are there."""
     missing = [path for path in paths

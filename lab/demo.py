@@ -14,17 +14,16 @@ not complete; 2 for a mistake on the command line or something missing.
 import argparse
 import sys
 from dataclasses import replace
-from typing import Dict, List, Optional, Tuple
+from typing import Dict
 
 from lab import UserError, memory
 from lab.outcome import Unavailable
-from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
-                     run_main, say, say_failed)
+from lab.cli import (add_qemu_arguments, add_size_arguments, memory_floor,
+                     ready, run_main, say, say_failed)
 from lab.measure import report
 from lab.memory import GIB, MIB, format_size
 from lab.measure.once import (DESTINATION_ALLOWANCE, MigrateConfig, Pressure,
-                              Probe, Result, migrate_once,
-                              migrate_under_pressure, probe)
+                              Result, migrate_once, migrate_under_pressure)
 from lab.migrate import MigrationFailed
 from lab.qemu import GuestError, pick_accelerator
 
@@ -38,104 +37,26 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n', 1)[0])
     add_qemu_arguments(parser)
-    parser.add_argument('--source-binary', metavar='FILE',
-                        help='let this QEMU be the source of the migrations '
-                             'whose destination is the patched one')
-    parser.add_argument('--size', type=guest_size, default=256 * GIB,
-                        help='guest RAM for the patched QEMU (default 256G)')
-    parser.add_argument('--stock-size', type=guest_size, default=4 * GIB,
-                        help='guest RAM where it fills up (default 4G); '
-                             'less is taken if memory is short')
-    parser.add_argument('--capability', metavar='NAME', action='append',
-                        default=[], dest='capabilities',
-                        help='migration capability to set with the patched '
-                             'QEMU, e.g. multifd (can be repeated)')
-    parser.add_argument('--json', metavar='FILE',
-                        help='write all numbers to this file')
+    add_size_arguments(parser, 256 * GIB, 4 * GIB)
     return parser.parse_args()
-
-
-def check_json(path: Optional[str]) -> None:
-    """Raise UserError if the file could not be written, before the work."""
-    if path:
-        try:
-            with open(path, 'a', encoding='utf-8'):
-                pass
-        except OSError as err:
-            raise UserError(f'cannot write {path}: {err.strerror}') from err
 
 
 def largest_mappable(size: int) -> int:
     """size, or half of it, ... as far as this machine lets one map that."""
-    why = memory.check_mappable(size)
-    if not why:
-        return size
-    smaller = memory.halve_until(
-        size, lambda each: not memory.check_mappable(each))
-    say(f'A memfd of {format_size(size)} cannot be mapped here: {why}. '
-        f'Taking {format_size(smaller)} instead.')
+    smaller = memory.largest_mappable(size)
+    if smaller < size:
+        say(f'A memfd of {format_size(size)} cannot be mapped here: '
+            f'{memory.check_mappable(size)}. '
+            f'Taking {format_size(smaller)} instead.')
     return smaller
-
-
-def survivable(wanted: int, available: int, floor: int) -> int:
-    """The size, at most wanted, at which both sides may fill up entirely.
-
-    All in bytes.  floor is what has to stay available.
-    """
-    return memory.halve_until(wanted,
-                              lambda size: 2 * size + floor <= available)
-
-
-def plan(wanted: int, fitting: int, probed: Probe) -> List[MigrateConfig]:
-    """Which migrations to do with the patched QEMU.
-
-    Takes for granted that whoever does not keep holes fills up.  Only the
-    fields that matter here are set in what is returned.
-    """
-    full = MigrateConfig('', '', wanted)
-    small = MigrateConfig('', '', fitting)
-    if not probed.destination_keeps_holes:
-        return [small]
-    if not probed.source_keeps_holes:
-        if fitting >= wanted:
-            return [small]
-        # Anonymous RAM does not fill up, it reads as the zero page: with it
-        # on the source, the destination can be shown at full size
-        return [replace(full, source_backend='anonymous'), small]
-    return [full]
-
-
-def explain(probed: Probe, wanted: int, planned: List[MigrateConfig]) -> str:
-    """Say why it is not simply one migration at full size, if it is not."""
-    if probed.source_keeps_holes and probed.destination_keeps_holes:
-        return ''
-    if probed.source_keeps_holes:
-        who = 'destination allocates'
-    elif probed.destination_keeps_holes:
-        who = 'source allocates'
-    else:
-        who = 'source and the destination allocate'
-    text = (f'With the patched QEMU the {who} all the RAM that the migration '
-            f'looks at (measured just now with a small guest), and '
-            f'{format_size(wanted)} could exhaust the machine.')
-    if len(planned) > 1:
-        text += (f' Therefore the guest of {format_size(wanted)} has '
-                 'anonymous RAM, which does not fill up, on the source, and a '
-                 'memfd only on the destination; the guest with a memfd on '
-                 f'both sides has {format_size(planned[-1].size)}.')
-    elif planned[0].size < wanted:
-        text += (f' Therefore the guest has {format_size(planned[0].size)} '
-                 'here.')
-    return text
 
 
 def run(args: argparse.Namespace) -> int:
     """All of it; returns the exit status."""
-    ready(args, args.source_binary)
-    check_json(args.json)
+    ready(args)
 
     floor = memory_floor()
-    fitting = survivable(args.stock_size, memory.available(), floor)
+    fitting = memory.survivable(args.stock_size, memory.available(), floor)
     if fitting < args.stock_size:
         say(f'Only {memory.available() // MIB} MiB of memory are available: '
             f'taking {format_size(fitting)} where RAM fills up.')
@@ -146,62 +67,41 @@ def run(args: argparse.Namespace) -> int:
     wanted = largest_mappable(args.size)
 
     patched = MigrateConfig(
-        source_binary=args.source_binary or args.patched,
-        destination_binary=args.patched, size=wanted,
-        accel=args.accel or pick_accelerator(),
-        mode=MigrateConfig.mode.also(*args.capabilities),
+        args.patched, wanted, accel=args.accel or pick_accelerator(),
         extra_args=tuple(args.qemu_args), memory_floor=floor)
-    probed = probe(patched)
-    planned = plan(wanted, min(fitting, wanted), probed)
-    explanation = explain(probed, wanted, planned)
-    if explanation:
-        say(explanation)
-
-    todo = [('patched', replace(patched, size=part.size,
-                                source_backend=part.source_backend))
-            for part in planned]
-    if planned == [MigrateConfig('', '', wanted)] and not args.capabilities:
-        todo += [('patched, sparse-ram',
-                  replace(patched, mode=patched.mode.also('sparse-ram')))]
-    todo += [('stock', replace(patched, source_binary=args.stock,
-                               destination_binary=args.stock,
-                               size=min(fitting, wanted),
-                               mode=MigrateConfig.mode))]
+    small = replace(patched, size=min(fitting, wanted))
+    stock = replace(small, binary=args.stock)
+    todo = {'patched': patched,
+            'patched, sparse-ram': replace(
+                patched, mode=patched.mode.also('sparse-ram')),
+            'stock': stock}
 
     results = migrate_all(todo)
     if results:
         print(report.results_table(results))
         print()
-        print(report.in_words(results, explanation))
-    if args.json:
-        report.write_json(args.json, results, probe=vars(probed))
-    pressures = try_pressure(
-        {'patched': replace(patched, size=min(fitting, wanted)),
-         'stock': todo[-1][1]})
+        print(report.in_words(results))
+    pressures = try_pressure({'patched': small, 'stock': stock})
     if pressures:
         print()
         print('The destination in a memory cgroup, limited to the data and '
               f'{format_size(PRESSURE_ALLOWANCE)}:')
         print()
         print(report.pressure_table(pressures))
-    failed = sum(map(len, results.values())) < len(todo)
-    return max(int(failed), judge(results), judge_pressure(pressures))
+    return max(int(len(results) < len(todo)), judge(results),
+               judge_pressure(pressures))
 
 
-def migrate_all(todo: List[Tuple[str, MigrateConfig]]) \
-        -> Dict[str, List[Result]]:
+def migrate_all(todo: Dict[str, MigrateConfig]) -> Dict[str, Result]:
     """Returns the results by name, without those migrations that failed."""
-    results: Dict[str, List[Result]] = {}
-    for name, config in todo:
-        say(f'{name}: {format_size(config.size)} of RAM, '
-            f'{config.source_backend} to {config.destination_backend}, '
+    results: Dict[str, Result] = {}
+    for name, config in todo.items():
+        say(f'{name}: {format_size(config.size)} of RAM, memfd, '
             f'idle guest (the firmware has booted), {config.accel}')
         try:
-            result = migrate_once(config, lambda text: say(f'  {text}'))
+            results[name] = migrate_once(config, lambda text: say(f'  {text}'))
         except (MigrationFailed, GuestError) as err:
             say_failed(f'{name}, {format_size(config.size)}: {err}')
-        else:
-            results.setdefault(name, []).append(result)
     return results
 
 
@@ -234,26 +134,23 @@ def judge_pressure(pressures: Dict[str, Pressure]) -> int:
     return 1
 
 
-def judge(results: Dict[str, List[Result]]) -> int:
+def judge(results: Dict[str, Result]) -> int:
     """Say what is wrong; returns the exit status."""
     status = 0
-    for name, runs in results.items():
-        for result in runs:
-            what = f'{name}, {format_size(result.config.size)}'
-            if not result.comparison.identical:
-                say_failed(
-                    f'{what}: {result.comparison.differing_pages} '
-                    'pages of RAM differ, the first at offset '
-                    f'{result.comparison.first_difference:#x}')
-                status = 1
-            if name != 'stock' and not result.destination_is_sparse:
-                say_failed(
-                    f'{what}: the destination grew by '
-                    f'{report.mib(result.destination_growth)} MiB, over '
-                    f'{report.mib(result.destination_bound)} MiB, which is '
-                    'what the guest had plus '
-                    f'{DESTINATION_ALLOWANCE // MIB} MiB')
-                status = 1
+    for name, result in results.items():
+        what = f'{name}, {format_size(result.config.size)}'
+        if not result.comparison.identical:
+            say_failed(f'{what}: {result.comparison.differing_pages} '
+                       'pages of RAM differ, the first at offset '
+                       f'{result.comparison.first_difference:#x}')
+            status = 1
+        if name != 'stock' and not result.destination_is_sparse:
+            say_failed(f'{what}: the destination grew by '
+                       f'{report.mib(result.destination_growth)} MiB, over '
+                       f'{report.mib(result.destination_bound)} MiB, which is '
+                       f'what the guest had plus {DESTINATION_ALLOWANCE // MIB} '
+                       'MiB')
+            status = 1
     return status
 
 

@@ -133,6 +133,19 @@ def halve_until(wanted: int, fits: Callable[[int], object]) -> int:
     return size
 
 
+def survivable(wanted: int, available: int, floor: int) -> int:
+    """The size, at most wanted, at which both sides may fill up entirely.
+
+    All in bytes.  floor is what has to stay available.
+    """
+    return halve_until(wanted, lambda size: 2 * size + floor <= available)
+
+
+def largest_mappable(wanted: int) -> int:
+    """The size, at most wanted, of a memfd that can be mapped here."""
+    return halve_until(wanted, lambda size: not check_mappable(size))
+
+
 def parse_size(text: str) -> int:
     """'256G', '64M', '4GiB', as for QEMU's size=.  Raises ValueError."""
     match = re.fullmatch(r'(\d+)\s*([KMGT])(i?B)?', text, re.IGNORECASE)

@@ -24,8 +24,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from lab import UserError, memory
 from lab.base import ROOT
-from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
-                     run_main, say)
+from lab.cli import (add_qemu_arguments, add_size_arguments, memory_floor,
+                     ready, run_main, say)
 from lab.measure import report
 from lab.measure.operation import (MeasureConfig, Migrate, Operation, Session,
                                    Times, measure)
@@ -94,11 +94,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--draw', action='store_true',
                         help='measure nothing: draw the CSV files that are '
                              'there')
-    parser.add_argument('--size', type=guest_size, default=1024 * GIB,
-                        help='of the largest guest (default 1T)')
-    parser.add_argument('--stock-size', type=guest_size, default=4 * GIB,
-                        help='of the largest guest whose RAM may fill up '
-                             '(default 4G); less is taken if memory is short')
+    add_size_arguments(parser, 1024 * GIB, 4 * GIB)
     parser.add_argument('--directory', metavar='DIR', default=DIRECTORY,
                         help='where the files are (default '
                              f'{os.path.relpath(DIRECTORY, ROOT)})')
@@ -295,11 +291,9 @@ class Plotter:
         self._floor = memory_floor()
         self._accel = args.accel or pick_accelerator()
         self._versions: Dict[str, str] = {}
-        self._largest = memory.halve_until(
-            args.size, lambda size: not memory.check_mappable(size))
-        self._largest_full = min(self._largest, memory.halve_until(
-            args.stock_size, lambda size:
-            2 * size + self._floor <= memory.available()))
+        self._largest = memory.largest_mappable(args.size)
+        self._largest_full = min(self._largest, memory.survivable(
+            args.stock_size, memory.available(), self._floor))
         self._time = Plot(args.directory, 'sparse-ram-time',
                           'series,guest RAM in GiB,runs,'
                           'shortest,median,longest total time in seconds')

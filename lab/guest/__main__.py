@@ -24,8 +24,8 @@ from typing import Any, List, Optional, Sequence
 
 from lab import memory, modes
 from lab.base import BUILD
-from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
-                     run_main, say)
+from lab.cli import (add_qemu_arguments, add_size_arguments, memory_floor,
+                     ready, run_main, say)
 from lab.guest.linux import Console, Load, lose_writes, prepare
 from lab.measure.operation import Migrate, Session
 from lab.measure.report import mib, rst_table
@@ -223,11 +223,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python3 -m lab.guest', description=__doc__.split('\n\n', 1)[0])
     add_qemu_arguments(parser)
-    parser.add_argument('--size', type=guest_size, default=64 * GIB,
-                        help='guest RAM for the patched QEMU (default 64G)')
-    parser.add_argument('--stock-size', type=guest_size, default=2 * GIB,
-                        help='guest RAM for the stock QEMU, which fills up '
-                             'on both sides (default 2G)')
+    add_size_arguments(parser, 64 * GIB, 2 * GIB)
     parser.add_argument('--mode', choices=list(MODES), action='append',
                         dest='modes', help='how to migrate, once (can be '
                         'repeated; default: all of them)')

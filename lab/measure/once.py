@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One migration between two QEMUs, from start to end, with both as they were before."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from lab import content
 from lab.cgroup import Cgroup
 from lab.content import Comparison
-from lab.measure.operation import Migrate, Session, Times
+from lab.measure.operation import Migrate, Session, Times, ram_growth
 from lab.memory import GIB, MIB
 from lab.migrate import MigrationFailed, settle, watched
 from lab.modes import PRECOPY, Mode
@@ -21,7 +21,7 @@ DESTINATION_ALLOWANCE = 16 * MIB
 
 @dataclass(frozen=True)
 class MigrateConfig:
-    """What to migrate, and how.
+    """What to migrate, and how: a memfd.
 
     size, data, memory_floor: bytes.  data is what gets written into the
     source's RAM before, see content.write_data().
@@ -30,14 +30,10 @@ class MigrateConfig:
     available than this.
     timeout: seconds for everything between starting and stopping the guests.
     """
-    source_binary: str
-    destination_binary: str
+    binary: str
     size: int
     data: int = 64 * MIB
-    source_backend: str = 'memfd'
-    destination_backend: str = 'memfd'
     accel: str = 'tcg'
-    paused: bool = False
     mode: Mode = PRECOPY.also(max_bandwidth=128 * MIB)
     extra_args: Tuple[str, ...] = ()
     memory_floor: int = 1 * GIB
@@ -51,8 +47,7 @@ class Result:
     comparison: of the two guests' RAM, both of them stopped.
     """
     config: MigrateConfig
-    source_version: str
-    destination_version: str
+    version: str
     source_before: Sample
     source_after: Sample
     destination_before: Sample
@@ -61,25 +56,19 @@ class Result:
     comparison: Comparison
 
     @property
-    def destination_growth(self) -> Optional[int]:
-        """Bytes allocated on the destination meanwhile, None if unknown."""
-        return _growth(self.destination_before, self.destination_after)
+    def destination_growth(self) -> int:
+        """Bytes allocated on the destination meanwhile."""
+        return ram_growth(self.destination_before, self.destination_after)
 
     @property
-    def source_growth(self) -> Optional[int]:
-        """Bytes allocated on the source meanwhile, None if unknown."""
-        return _growth(self.source_before, self.source_after)
+    def source_growth(self) -> int:
+        """Bytes allocated on the source meanwhile."""
+        return ram_growth(self.source_before, self.source_after)
 
     @property
     def source_holds(self) -> int:
-        """Bytes of RAM that the source had before the migration read it.
-
-        Of anonymous RAM it is those that are not zero: transparent huge
-        pages make the rest meaningless.
-        """
-        if self.source_before.allocated is None:
-            return self.comparison.bytes_nonzero
-        return self.source_before.allocated
+        """Bytes of RAM that the source had before the migration read it."""
+        return self.source_before.allocated or 0
 
     @property
     def destination_bound(self) -> int:
@@ -89,14 +78,7 @@ class Result:
     @property
     def destination_is_sparse(self) -> bool:
         """Whether the destination stayed within destination_bound."""
-        growth = self.destination_growth
-        return growth is not None and growth <= self.destination_bound
-
-
-def _growth(before: Sample, after: Sample) -> Optional[int]:
-    if before.allocated is None or after.allocated is None:
-        return None
-    return after.allocated - before.allocated
+        return self.destination_growth <= self.destination_bound
 
 
 def _compare(source: Guest, destination: Guest) -> Comparison:
@@ -121,16 +103,12 @@ def migrate_once(config: MigrateConfig,
     """
     common: Dict[str, Any] = {'accel': config.accel,
                               'extra_args': config.extra_args}
-    with Guest('source', config.source_binary, config.size,
-               backend=config.source_backend, paused=config.paused,
-               **common) as source, \
-         Guest('destination', config.destination_binary, config.size,
-               backend=config.destination_backend, paused=True,
+    with Guest('source', config.binary, config.size, **common) as source, \
+         Guest('destination', config.binary, config.size, paused=True,
                incoming=True, cgroup=cgroup, **common) as destination, \
          watched((source, destination), config.memory_floor,
                  config.timeout) as watchdog:
-        if not config.paused:
-            settle(source)
+        settle(source)
         content.write_data(source.ram, config.data)
         before = source.sample(), destination.sample()
         progress('migrating')
@@ -139,8 +117,7 @@ def migrate_once(config: MigrateConfig,
         after = source.sample(), destination.sample()
         progress('comparing RAM')
         return Result(config=config,
-                      source_version=source.version(),
-                      destination_version=destination.version(),
+                      version=destination.version(),
                       source_before=before[0], source_after=after[0],
                       destination_before=before[1],
                       destination_after=after[1],
@@ -176,28 +153,3 @@ def migrate_under_pressure(config: MigrateConfig, limit: int,
             if not cgroup.oom_kills():
                 raise
         return Pressure(config, limit, cgroup.peak(), result)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a small migration showed about either side."""
-    source_keeps_holes: bool
-    destination_keeps_holes: bool
-
-
-def probe(config: MigrateConfig) -> Probe:
-    """Measure whether a migration like this leaves holes as they are.
-
-    Migrates a stopped memfd guest of 64 MiB, with all else as in config.
-    """
-    size = 64 * MIB
-    result = migrate_once(replace(config, size=size, data=1 * MIB,
-                                  source_backend='memfd',
-                                  destination_backend='memfd',
-                                  paused=True, timeout=30.0))
-
-    def kept(growth: Optional[int]) -> bool:
-        assert growth is not None
-        return growth < size // 4
-
-    return Probe(kept(result.source_growth), kept(result.destination_growth))

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Results as text: a simple table of reStructuredText, and JSON."""
+"""Results as text: simple tables of reStructuredText, and where they come from."""
 
-import json
 import os
 import platform
 import subprocess
 import textwrap
 import time
-from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Sequence
 
 from lab import memory
@@ -37,56 +35,40 @@ def mib(size: Optional[int]) -> str:
     return 'none' if size is None else str(round(size / MIB))
 
 
-def _change(before: Optional[int], after: Optional[int]) -> str:
-    if before is None and after is None:
-        return 'no file'
-    return f'{mib(before)} -> {mib(after)}'
-
-
 def _rows(name: str, result: Result) -> List[List[str]]:
-    sides = (('source', result.config.source_backend,
-              result.source_before, result.source_after),
-             ('destination', result.config.destination_backend,
-              result.destination_before, result.destination_after))
-    return [[name, format_size(result.config.size), f'{side}, {backend}',
-             _change(before.allocated, after.allocated),
-             _change(before.rss, after.rss),
+    sides = (('source', result.source_before, result.source_after),
+             ('destination', result.destination_before,
+              result.destination_after))
+    return [[name, format_size(result.config.size), f'{side}, memfd',
+             f'{mib(before.allocated)} -> {mib(after.allocated)}',
+             f'{mib(before.rss)} -> {mib(after.rss)}',
              f'{result.times.total:.1f}',
              'yes' if result.comparison.identical else 'NO']
-            for side, backend, before, after in sides]
+            for side, before, after in sides]
 
 
-def results_table(results: Dict[str, List[Result]]) -> str:
-    """Two rows for each result; results of one QEMU are known by its name."""
+def results_table(results: Dict[str, Result]) -> str:
+    """Two rows for each result; they are known by the name of the QEMU."""
     header = ('QEMU', 'guest RAM', 'process', 'allocated, MiB', 'RSS, MiB',
               'total time, s', 'RAM identical')
-    return rst_table(header, [row for name, runs in results.items()
-                              for result in runs
+    return rst_table(header, [row for name, result in results.items()
                               for row in _rows(name, result)])
 
 
-def in_words(results: Dict[str, List[Result]], more: str = '') -> str:
-    """What the table says, as a paragraph; more: text of another one."""
-    text = ' '.join(_sentence(name, result)
-                    for name, runs in results.items() for result in runs)
-    return '\n\n'.join(textwrap.fill(paragraph, 79)
-                       for paragraph in (text, more) if paragraph)
+def in_words(results: Dict[str, Result]) -> str:
+    """What the table says, as a paragraph."""
+    return textwrap.fill(' '.join(_sentence(name, result) for name, result
+                                  in results.items()), 79)
 
 
 def _sentence(name: str, result: Result) -> str:
-    growth = result.destination_growth
-    if growth is None:
-        raise ValueError('the destination has no file')
-    version = result.destination_version.split()[0]
     build, _, capability = name.partition(', ')
     given = f' and the capability {capability}' if capability else ''
-    source = ''
-    if result.source_growth is not None:
-        source = f'its source grow by {mib(result.source_growth)} MiB and '
-    return (f'With {build} QEMU {version}{given}, a guest of '
+    return (f'With {build} QEMU {result.version.split()[0]}{given}, a guest of '
             f'{format_size(result.config.size)} that had '
-            f'{mib(result.source_holds)} MiB of data made {source}'
-            f'its destination grow by {mib(growth)} MiB, in '
+            f'{mib(result.source_holds)} MiB of data made its source grow by '
+            f'{mib(result.source_growth)} MiB and its destination grow by '
+            f'{mib(result.destination_growth)} MiB, in '
             f'{result.times.total:.1f} seconds.')
 
 
@@ -158,24 +140,3 @@ def machine() -> Dict[str, Any]:
             'thp': chosen('/sys/kernel/mm/transparent_hugepage/enabled'),
             'shmem_thp': chosen(
                 '/sys/kernel/mm/transparent_hugepage/shmem_enabled')}
-
-
-def result_as_dict(result: Result) -> Dict[str, Any]:
-    """For JSON: all fields, and what follows from them.  Sizes in bytes."""
-    return {**asdict(result),
-            'source_growth': result.source_growth,
-            'destination_growth': result.destination_growth,
-            'destination_bound': result.destination_bound,
-            'destination_is_sparse': result.destination_is_sparse,
-            'ram_identical': result.comparison.identical}
-
-
-def write_json(path: str, results: Dict[str, List[Result]],
-               **more: Any) -> None:
-    """Write all the numbers to a file."""
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump({'machine': machine(), **more,
-                   'runs': {name: [result_as_dict(result) for result in runs]
-                            for name, runs in results.items()}},
-                  file, indent=2)
-        file.write('\n')

@@ -12,7 +12,7 @@ from unittest import mock
 from lab import content, demo, memory, migrate
 from lab.measure import report
 from lab.memory import GIB, MIB, PAGE_SIZE
-from lab.measure.once import MigrateConfig, Pressure, Probe, Result
+from lab.measure.once import MigrateConfig, Pressure, Result
 from lab.measure.operation import Times
 from lab.migrate import Watchdog
 from lab.ram import Sample, flag_extents, merge_extents
@@ -31,8 +31,7 @@ def sample(allocated=None, rss=0) -> Sample:
 def result(before, after, source=64 * MIB, differing=0) -> Result:
     """A result whose destination had these allocated, bytes."""
     return Result(
-        config=MigrateConfig('a', 'b', 1 * GIB),
-        source_version='10.0.13', destination_version='10.0.13',
+        config=MigrateConfig('a', 1 * GIB), version='10.0.13',
         source_before=sample(source), source_after=sample(source),
         destination_before=sample(before), destination_after=sample(after),
         times=Times(1.0, 1.1),
@@ -231,50 +230,12 @@ class Machine(unittest.TestCase):
 class Survivable(unittest.TestCase):
     def test_fits(self):
         self.assertEqual(
-            demo.survivable(4 * GIB, 16 * GIB, 1 * GIB), 4 * GIB)
+            memory.survivable(4 * GIB, 16 * GIB, 1 * GIB), 4 * GIB)
 
     def test_is_halved_until_both_sides_fit(self):
         self.assertEqual(
-            demo.survivable(4 * GIB, 9 * GIB - 1, 1 * GIB), 2 * GIB)
-        self.assertEqual(demo.survivable(4 * GIB, 0, 0), memory.SMALLEST)
-
-
-class Plan(unittest.TestCase):
-    @staticmethod
-    def sizes(source: bool, destination: bool, fitting=4 * GIB):
-        return [(part.size, part.source_backend, part.destination_backend)
-                for part in demo.plan(256 * GIB, fitting,
-                                      Probe(source, destination))]
-
-    def test_both_sides_keep_holes(self):
-        self.assertEqual(self.sizes(True, True),
-                         [(256 * GIB, 'memfd', 'memfd')])
-
-    def test_source_fills(self):
-        self.assertEqual(self.sizes(False, True),
-                         [(256 * GIB, 'anonymous', 'memfd'),
-                          (4 * GIB, 'memfd', 'memfd')])
-
-    def test_destination_fills(self):
-        for source in (False, True):
-            self.assertEqual(self.sizes(source, False),
-                             [(4 * GIB, 'memfd', 'memfd')])
-
-    def test_all_fits_anyway(self):
-        self.assertEqual(self.sizes(False, True, fitting=256 * GIB),
-                         [(256 * GIB, 'memfd', 'memfd')])
-
-    def test_explanation_names_what_is_done(self):
-        probed = Probe(False, True)
-        text = demo.explain(probed, 256 * GIB,
-                            demo.plan(256 * GIB, 4 * GIB, probed))
-        self.assertIn('256 GiB', text)
-        self.assertIn('4 GiB', text)
-        self.assertIn('anonymous', text)
-        probed = Probe(True, True)
-        self.assertEqual(demo.explain(probed, 256 * GIB,
-                                      demo.plan(256 * GIB, 4 * GIB, probed)),
-                         '')
+            memory.survivable(4 * GIB, 9 * GIB - 1, 1 * GIB), 2 * GIB)
+        self.assertEqual(memory.survivable(4 * GIB, 0, 0), memory.SMALLEST)
 
 
 class Judge(unittest.TestCase):
@@ -284,7 +245,7 @@ class Judge(unittest.TestCase):
         demo.say = said.append
 
     def judge(self, **results) -> int:
-        return demo.judge({name: [value] for name, value in results.items()})
+        return demo.judge(results)
 
     def test_bound_is_what_the_guest_had_and_the_allowance(self):
         bound = 64 * MIB + 16 * MIB
@@ -302,7 +263,7 @@ class Judge(unittest.TestCase):
 
 def pressure(outcome) -> Pressure:
     """outcome: a result, or None if the destination was killed"""
-    return Pressure(MigrateConfig('a', 'b', 1 * GIB), 320 * MIB,
+    return Pressure(MigrateConfig('a', 1 * GIB), 320 * MIB,
                     90 * MIB if outcome else None, outcome)
 
 
@@ -346,7 +307,7 @@ class Report(unittest.TestCase):
             '===  ====')
 
     def test_results(self):
-        results = {'stock': [result(0, 1 * GIB, differing=1)]}
+        results = {'stock': result(0, 1 * GIB, differing=1)}
         table = report.results_table(results)
         self.assertIn('0 -> 1024', table)
         self.assertIn('64 -> 64', table)
