@@ -16,11 +16,9 @@ missing.
 
 import argparse
 import json
-import mmap
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
@@ -167,22 +165,6 @@ def file_system(directory: str) -> str:
     return kind
 
 
-def direct_io_works(directory: str) -> bool:
-    """Whether a file there can be written with O_DIRECT."""
-    with tempfile.NamedTemporaryFile(dir=directory) as file, \
-         mmap.mmap(-1, memory.PAGE_SIZE) as page:
-        try:
-            fd = os.open(file.name, os.O_WRONLY | os.O_DIRECT)
-        except OSError:
-            return False
-        try:
-            return os.write(fd, page) == len(page)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
-
-
 @dataclass(frozen=True)
 class Limits:
     """What two guests and a file may take at the moment, in bytes."""
@@ -198,7 +180,7 @@ class Limits:
         return cls(memory=memory.available() - floor,
                    disk=free_space(directory) - floor,
                    huge_pages=host.free_huge_pages() * HUGE_PAGE,
-                   shm=free_space(SHM) if os.path.isdir(SHM) else 0,
+                   shm=host.free_shm(),
                    disk_is_memory=file_system(directory) in ('tmpfs',
                                                              'ramfs'))
 
@@ -263,7 +245,7 @@ class Bench:
         self.accel = args.accel or pick_accelerator()
         self.results: List[RowResult] = []
         self.versions: Dict[str, str] = {}
-        self.direct_io = direct_io_works(args.directory)
+        self.direct_io = host.direct_io_works(args.directory)
         self.environment: Dict[str, Any] = {
             **report.machine(), 'accel': self.accel,
             'file_system': file_system(args.directory),

@@ -7,8 +7,10 @@ How much memory there is, is in lab.memory.
 import ctypes
 import fcntl
 import math
+import mmap
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from typing import Iterator, Optional
 
@@ -131,6 +133,22 @@ def free_shm() -> int:
         return 0
     # A tmpfs of unlimited size has no blocks at all
     return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
+
+
+def direct_io_works(directory: str) -> bool:
+    """Whether a file there can be written with O_DIRECT."""
+    with tempfile.NamedTemporaryFile(dir=directory) as file, \
+         mmap.mmap(-1, PAGE_SIZE) as page:
+        try:
+            fd = os.open(file.name, os.O_WRONLY | os.O_DIRECT)
+        except OSError:
+            return False
+        try:
+            return os.write(fd, page) == len(page)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
 
 # userfaultfd

@@ -15,6 +15,7 @@ from lab.qemu import Guest, GuestError, Qemu
 _WATCH_INTERVAL = 0.02          # seconds
 _CANCEL_GRACE = 3.0             # seconds between asking and killing
 _POLL_INTERVAL = 0.05           # seconds
+_JOB_POLL_INTERVAL = 0.005
 
 
 class MigrationFailed(Exception):
@@ -128,6 +129,22 @@ def address_of(destination: Qemu, uri: str) -> str:
         return uri
     address = destination.query_migrate()['socket-address'][-1]
     return f'tcp:{address["host"]}:{address["port"]}'
+
+
+def run_job(qemu: Qemu, command: str, **arguments: Any) -> None:
+    """Run a job, such as snapshot-save, to its end.
+
+    Raises MigrationFailed if it fails.
+    """
+    qemu.qmp(command, **{'job-id': 'job'}, **arguments)
+    while True:
+        job, = (each for each in qemu.qmp('query-jobs') if each['id'] == 'job')
+        if job['status'] == 'concluded':
+            break
+        time.sleep(_JOB_POLL_INTERVAL)
+    qemu.qmp('job-dismiss', id='job')
+    if 'error' in job:
+        raise MigrationFailed(f'{qemu.name}: {command}: {job["error"]}')
 
 
 def settle(guest: Guest, limit: float = 5.0, quiet: float = 0.5) -> None:

@@ -7,10 +7,9 @@ breaks and is recovered; in the end it checks all of its pages.
 """
 
 import os
-import time
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import List
+from typing import Dict, List
 
 from lab import content
 from lab.cli import memory_floor
@@ -84,38 +83,31 @@ class _Live(Job):
         super().__init__(directory, result, stack)
         self._cases = cases
         self._tools = tools
+        self._serials: Dict[str, writer.Serial] = {}
         self._rom = os.path.join(directory, 'rom')
         with open(self._rom, 'wb') as file:
             file.write(firmware(cases[0].seed))
 
     def _start(self, name: str, incoming: bool) -> Side:
+        serial = self._serials[name] = writer.Serial(
+            os.path.join(self._directory, f'{name}-serial'))
         side = Side(name, self._tools.qemu, _SIZE, 'memfd', incoming=incoming,
-                    extra_args=('-bios', self._rom, '-serial',
-                                f'file:{self._serial(name)}',
+                    extra_args=('-bios', self._rom, *serial.arguments,
                                 *self._tools.extra_args))
         self._stack.enter_context(side)
         self._sides.append(side)
         return side
 
-    def _serial(self, name: str) -> str:
-        return os.path.join(self._directory, f'{name}-serial')
+    def _wait_for(self, side: Side, what: str, count: int,
+                  watchdog: Watchdog) -> None:
+        if not self._serials[side.name].wait_for(
+                what, count, lambda: not watchdog.tripped):
+            raise Hang(f'the guest on the {side.name} does not go on')
 
-    def _said(self, name: str) -> str:
-        try:
-            with open(self._serial(name), encoding='ascii') as file:
-                said = file.read()
-        except FileNotFoundError:
-            return ''
-        expect('X' not in said, f'the guest on the {name} has found a page '
-               'that is wrong')
-        return said
-
-    def _wait_for(self, name: str, what: str, more: int, watchdog: Watchdog) -> None:
-        goal = self._said(name).count(what) + more
-        while self._said(name).count(what) < goal:
-            if watchdog.tripped:
-                raise Hang(f'the guest on the {name} does not go on')
-            time.sleep(0.02)
+    def _let_it_write(self, side: Side, more: int, watchdog: Watchdog) -> None:
+        """So many batches."""
+        self._wait_for(side, 'B', self._serials[side.name].said('B') + more,
+                       watchdog)
 
     def _poke(self, side: Side, name: str, value: int) -> None:
         side.write(writer.assemble().addresses[name],
@@ -127,16 +119,15 @@ class _Live(Job):
         source = self._start('source', False)
         with watched(self._sides, memory_floor(), _TIMEOUT) as watchdog:
             source.qmp('cont')
-            self._wait_for('source', 'B', 4, watchdog)
+            self._let_it_write(source, 4, watchdog)
             for number, case in enumerate(self._cases):
-                name = f'destination-{number}'
-                destination = self._start(name, True)
+                destination = self._start(f'destination-{number}', True)
                 self._migrate(case, number, source, destination, watchdog)
                 if self._result.outcome.startswith('QEMU 10.0'):
                     return
                 if self._result.outcome:
                     break               # what had to happen came too late
-            self._check_by_guest(name, destination, watchdog)
+            self._check_by_guest(destination, watchdog)
 
     def _migrate(self, case: Case, number: int, source: Side,
                  destination: Side, watchdog: Watchdog) -> None:
@@ -173,7 +164,7 @@ class _Live(Job):
                 source.qmp('cont')      # as a management tool does
             expect(source.status() == 'running', 'after a migration that '
                    f'{ending.source} the source is {source.status()}')
-            self._wait_for('source', 'B', 2, watchdog)
+            self._let_it_write(source, 2, watchdog)
 
     def _check_completed(self, case: Case, source: Side,
                          destination: Side) -> None:
@@ -186,16 +177,15 @@ class _Live(Job):
                f'{comparison.differing_pages} pages differ, the first at '
                f'{comparison.first_difference or 0:#x}')
 
-    def _check_by_guest(self, name: str, destination: Side,
-                        watchdog: Watchdog) -> None:
+    def _check_by_guest(self, destination: Side, watchdog: Watchdog) -> None:
         """The guest's own opinion, and that it goes on."""
         if destination.status() == 'running':
-            self._wait_for(name, 'B', 2, watchdog)
+            self._let_it_write(destination, 2, watchdog)
             destination.qmp('stop')
         self._poke(destination, 'VERIFY', 1)
         destination.qmp('cont')
-        self._wait_for(name, 'V', 1 - self._said(name).count('V'), watchdog)
-        self._wait_for(name, 'B', 2, watchdog)
+        self._wait_for(destination, 'V', 1, watchdog)
+        self._let_it_write(destination, 2, watchdog)
 
 
 def run_live(seed: int, tools: Tools) -> Result:

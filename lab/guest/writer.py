@@ -13,11 +13,13 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Tuple
 
 from lab import UserError
 from lab.base import ROOT
+from lab.outcome import expect
 
 _DIRECTORY = os.path.join(ROOT, 'lab/qtest')
 _SOURCE = os.path.join(_DIRECTORY, 'sparse-writer.S')
@@ -132,3 +134,31 @@ def unfinished_words(page: int, sequence: int,
 def parse_table(table: bytes) -> List[int]:
     """The numbers of the last writes; 0 where there was none."""
     return [number for number, in struct.iter_unpack('<I', table)]
+
+
+class Serial:
+    """What the guest says, a letter at a time, in a file that QEMU writes."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self.arguments = ('-serial', f'file:{path}')
+
+    def said(self, letter: str) -> int:
+        """How many times it has said this; raises Wrong if it has found an error."""
+        try:
+            with open(self._path, encoding='ascii', errors='replace') as file:
+                said = file.read()
+        except FileNotFoundError:
+            return 0
+        expect('X' not in said, 'the guest has found a page that is wrong')
+        return said.count(letter)
+
+    def wait_for(self, letter: str, count: int, alive: Callable[[], bool]) -> bool:
+        """Wait until it has said this so many times; whether it has, before alive()
+        was false.
+        """
+        while self.said(letter) < count:
+            if not alive():
+                return False
+            time.sleep(0.005)
+        return True

@@ -18,7 +18,7 @@ from lab import content
 from lab.measure.ping import Pinger
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
-                         configure, listen, watched, why_failed)
+                         configure, listen, run_job, watched, why_failed)
 from lab.modes import PRECOPY, Mode
 from lab.qemu import Guest
 from lab.qtest_client import Qtest
@@ -247,36 +247,21 @@ class InternalSnapshot:
         path = os.path.join(session.directory, 'disk')
         snapshot = {'tag': 'snapshot', 'vmstate': 'disk', 'devices': ['disk']}
 
-        self._run_job(session, 'blockdev-create', options={
+        run_job(guest, 'blockdev-create', options={
             'driver': 'file', 'filename': path, 'size': 0})
         guest.qmp('blockdev-add', driver='file', filename=path,
                   **{'node-name': 'file'})
-        self._run_job(session, 'blockdev-create', options={
+        run_job(guest, 'blockdev-create', options={
             'driver': 'qcow2', 'file': 'file', 'size': 1 << 20})
         guest.qmp('blockdev-add', driver='qcow2', file='file',
                   **{'node-name': 'disk'})
 
         started = time.monotonic()
-        self._run_job(session, 'snapshot-save', **snapshot)
+        run_job(guest, 'snapshot-save', **snapshot)
         saved = time.monotonic()
-        self._run_job(session, 'snapshot-load', **snapshot)
+        run_job(guest, 'snapshot-load', **snapshot)
         return Times(saved - started, saved - started,
                      time.monotonic() - saved)
-
-    @staticmethod
-    def _run_job(session: Session, command: str, **arguments: Any) -> None:
-        guest = session.source
-
-        def concluded() -> bool:
-            jobs = {job['id']: job for job in guest.qmp('query-jobs')}
-            return bool(jobs['job']['status'] == 'concluded')
-
-        guest.qmp(command, **{'job-id': 'job', **arguments})
-        session.wait_until(concluded)
-        error = guest.qmp('query-jobs')[0].get('error')
-        guest.qmp('job-dismiss', id='job')
-        if error:
-            raise MigrationFailed(f'{command}: {error}')
 
     def file_size(self, size: int) -> int:
         return size + size // 64

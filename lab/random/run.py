@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from lab import UserError, host
 from lab.memory import available
-from lab.migrate import MigrationFailed, configure, listen, watched
+from lab.migrate import (MigrationFailed, configure, listen, run_job, watched)
 from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
 from lab.qemu import GuestError, Qemu
@@ -71,16 +71,6 @@ class Setup:
 
 # What this machine has
 
-def _direct_io_works(directory: str) -> bool:
-    try:
-        fd = os.open(f'{directory}/direct-io',
-                     os.O_CREAT | os.O_RDWR | os.O_DIRECT)
-    except OSError:
-        return False
-    os.close(fd)
-    return True
-
-
 def _require(case: Case, directory: str, stack: ExitStack) -> None:
     """Raise Unavailable if something is missing.
 
@@ -98,7 +88,7 @@ def _require(case: Case, directory: str, stack: ExitStack) -> None:
     if needed and host.free_shm() < needed:
         raise Unavailable(f'less than {needed // MIB} MiB free in {host.SHM}')
     if case.source.parameters.get('direct-io') and \
-            not _direct_io_works(directory):
+            not host.direct_io_works(directory):
         raise Unavailable(f'no O_DIRECT in {os.path.dirname(directory)} '
                           '(set TMPDIR)')
     if any(side.locked for side in (case.source, case.destination)) and \
@@ -458,31 +448,16 @@ class Migration:
             {**image, 'size': 0},
             {'driver': 'qcow2', 'file': image, 'size': MIB})
         for options in creations:
-            self._job(source, 'blockdev-create', 'create', options=options)
+            run_job(source, 'blockdev-create', options=options)
         disk = {'driver': 'qcow2', 'node-name': _DISK, 'file': image}
         for qemu, command in ((source, 'snapshot-save'),
                               (destination, 'snapshot-load')):
             qemu.qmp('blockdev-add', **disk)
-            self._job(qemu, command, 'snapshot', tag=_TAG, vmstate=_DISK,
-                      devices=[_DISK])
+            self._say(f'{qemu.name}: {command}')
+            run_job(qemu, command, tag=_TAG, vmstate=_DISK, devices=[_DISK])
             # Else it is locked, or what is cached of it is old
             qemu.qmp('blockdev-del', **{'node-name': _DISK})
         self._hand_over()
-
-    def _job(self, qemu: Qemu, command: str, job: str,
-             **arguments: Any) -> None:
-        self._say(f'{qemu.name}: {command}')
-        qemu.qmp(command, **{'job-id': job}, **arguments)
-        while True:
-            status, = (each for each in qemu.qmp('query-jobs')
-                       if each['id'] == job)
-            if status['status'] == 'concluded':
-                break
-            time.sleep(_POLL)
-        qemu.qmp('job-dismiss', id=job)
-        if 'error' in status:
-            raise MigrationFailed(f'{qemu.name}: {command}: '
-                                  f'{status["error"]}')
 
     # The source
 

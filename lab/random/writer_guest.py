@@ -4,10 +4,9 @@
 See lab/guest/writer.py.
 """
 
-import os
 import struct
 import time
-from typing import Iterable, List, Tuple
+from typing import Iterable, Tuple
 
 from lab.guest import writer
 from lab.outcome import Wrong
@@ -26,7 +25,6 @@ _GAP = 2 * MIB
 
 _TURN = 200000                  # ticks of the time-stamp counter a page
 _TIMEOUT = 50.0                 # seconds
-_POLL = 0.005
 
 
 def _read_number(block: Ram, name: str) -> int:
@@ -49,14 +47,13 @@ class WriterGuest:
         prefix: of the names of its files
         """
         self._pages = (size - _BASE - _GAP) // PAGE
-        self._serial = f'{prefix}-serial'
+        self._serial = writer.Serial(f'{prefix}-serial')
         mask = (1 << (self._pages // 2).bit_length() - 1) - 1
         with open(f'{prefix}-firmware', 'wb') as file:
             file.write(writer.firmware(BASE=_BASE, PAGES=self._pages,
                                        FOCUS_MASK=mask, TURN=_TURN,
                                        SEED=seed & 0x7fffffff))
-        self.arguments: List[str] = ['-bios', f'{prefix}-firmware', '-serial',
-                                     f'file:{self._serial}']
+        self.arguments = ('-bios', f'{prefix}-firmware', *self._serial.arguments)
 
     @staticmethod
     def clear_area(kinds: bytearray) -> None:
@@ -65,26 +62,16 @@ class WriterGuest:
             if kinds[page] == DATA:
                 kinds[page] = ZERO
 
-    def _said(self) -> str:
-        if not os.path.exists(self._serial):
-            return ''
-        with open(self._serial, encoding='ascii', errors='replace') as file:
-            said = file.read()
-        if 'X' in said:
-            raise Wrong('the guest has found a page that is wrong')
-        return said
-
     def _wait_for(self, letter: str, count: int) -> None:
         deadline = time.monotonic() + _TIMEOUT
-        while self._said().count(letter) < count:
-            if time.monotonic() > deadline:
-                raise Wrong(f'the guest has said {self._said()!r}, and '
-                            f'should have said {letter} {count} times')
-            time.sleep(_POLL)
+        if not self._serial.wait_for(letter, count,
+                                     lambda: time.monotonic() < deadline):
+            raise Wrong(f'the guest has not said {letter} {count} times within '
+                        f'{_TIMEOUT:g} seconds')
 
     def batches(self) -> int:
         """How many times it has written a few hundred pages."""
-        return self._said().count('B')
+        return self._serial.said('B')
 
     def wait_until_it_writes(self) -> None:
         """Another batch."""

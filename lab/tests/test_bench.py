@@ -751,7 +751,7 @@ class Limits(unittest.TestCase):
             self.assertGreater(limits.memory, 0)
             self.assertGreaterEqual(limits.huge_pages, 0)
             self.assertNotEqual(bench.file_system(directory), 'unknown')
-            self.assertIsInstance(bench.direct_io_works(directory), bool)
+            self.assertIsInstance(bench.host.direct_io_works(directory), bool)
             self.assertEqual(os.listdir(directory), [])
         self.assertGreaterEqual(bench.busy_cpus(0.05), 0)
 
