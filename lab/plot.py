@@ -4,7 +4,7 @@
 Measures how long the migration of a guest with little data takes at different
 sizes of RAM, and how much memory both sides of one migration have while it
 goes on.  The guests never run.  Writes the values as CSV, and plots of them as
-SVG and PNG; gnuplot draws them.  Progress goes to standard error.
+SVG, which gnuplot draws.  Progress goes to standard error.
 
 Exit status: 0 if all is done; 1 if a migration failed; 2 for a mistake on the
 command line or something missing.
@@ -14,12 +14,10 @@ import argparse
 import os
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from lab import UserError, memory
@@ -48,7 +46,7 @@ SLOW = 30.0                     # seconds
 RSS_INTERVAL = 0.01             # seconds between two looks at RSS
 RSS_LEAD = 0.5                  # seconds of looking before the migration
 RSS_TAIL = 0.5                  # and after it, at least
-RSS_STEP = 16 * MIB             # what a line does not need to show
+RSS_STEP = 64 * MIB             # what a line does not need to show
 
 # How to draw a series, by the columns after its name
 _TIME_LINE = 'using 1:4:3:5 with yerrorlines lw 2 pt 7 ps 0.6'
@@ -137,7 +135,7 @@ class Plot:
                 [_fields(line) for line in lines if line[0] != '#'])
 
     def draw(self, script: str, line: str) -> None:
-        """Make the SVG and the PNG of what is in the CSV.
+        """Make the SVG of what is in the CSV.
 
         script: what comes before gnuplot's plot command.
         line: how each of the series is drawn; {dash}: 1 or 2 in turns.
@@ -151,13 +149,10 @@ class Plot:
             f'$series{number} {line.format(dash=1 + number % 2)} '
             f"title '{name}'"
             for number, name in enumerate(names)) + '\n'
-        for terminal, suffix in (
-                ("svg size 800,500 font 'sans-serif,14'", 'svg'),
-                ("pngcairo size 1000,625 font 'Sans,13'", 'png')):
-            _gnuplot(f"set terminal {terminal} background 'white'\n"
-                     f"set output '{self._base}.{suffix}'\n{_STYLE}{script}")
-        _label_svg(f'{self._base}.svg')
-        _label_png(f'{self._base}.png')
+        svg = f'{self._base}.svg'
+        _gnuplot("set terminal svg size 800,500 font 'sans-serif,14' "
+                 f"background 'white'\nset output '{svg}'\n{_STYLE}{script}")
+        _label_svg(svg)
 
 
 def _cell(value: object) -> str:
@@ -193,19 +188,6 @@ def _label_svg(path: str) -> None:
         # What gnuplot leaves at the end of lines, style checks do not like
         lines = [line.rstrip() for line in rest.splitlines()]
         file.write('\n'.join([first, f'<!-- {LICENCE} -->', *lines]) + '\n')
-
-
-def _label_png(path: str) -> None:
-    """The same as a chunk of text, after the header."""
-    with open(path, 'rb') as file:
-        image = file.read()
-    # A signature, then chunks: length, type, data, CRC.  The first is IHDR.
-    end = 8 + 4 + 4 + 13 + 4
-    body = b'tEXtCopyright\0' + LICENCE.encode('latin-1')
-    chunk = (struct.pack('>I', len(body) - 4) + body +
-             struct.pack('>I', zlib.crc32(body)))
-    with open(path, 'wb') as file:
-        file.write(image[:end] + chunk + image[end:])
 
 
 # Measuring

@@ -2,21 +2,13 @@
 """Tests of lab/plot.py."""
 
 import os
-import struct
 import tempfile
 import unittest
-import zlib
 from unittest import mock
 
 
 from lab import UserError, plot
 from lab.memory import GIB, MIB
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return (struct.pack('>I', len(data)) + kind + data +
-            struct.pack('>I', zlib.crc32(kind + data)))
 
 
 class Values(unittest.TestCase):
@@ -62,13 +54,11 @@ class Files(unittest.TestCase):
         self.plot.write([['a', 1, 2.5], ['b', 3, 4.0], ['b', 5, 6.0]], [])
         scripts = []
         with mock.patch.object(plot, '_gnuplot', scripts.append), \
-             mock.patch.object(plot, '_label_svg'), \
-             mock.patch.object(plot, '_label_png'):
+             mock.patch.object(plot, '_label_svg'):
             self.plot.draw('set nothing\n', 'with lines dt {dash}')
-        self.assertEqual(len(scripts), 2)
-        for script in scripts:
-            self.assertIn("$series1 << END\n3 4.000\n5 6.000\nEND\n", script)
-            self.assertIn("$series0 with lines dt 1 title 'a'", script)
+        script, = scripts
+        self.assertIn("$series1 << END\n3 4.000\n5 6.000\nEND\n", script)
+        self.assertIn("$series0 with lines dt 1 title 'a'", script)
 
     def test_svg_says_its_licence(self):
         with open(self.path, 'w', encoding='utf-8') as file:
@@ -77,13 +67,3 @@ class Files(unittest.TestCase):
         with open(self.path, encoding='utf-8') as file:
             self.assertEqual(file.read(), '<?xml version="1.0"?>\n'
                              f'<!-- {plot.LICENCE} -->\n<svg>\n</svg>\n')
-
-    def test_png_says_its_licence(self):
-        image = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', bytes(13))
-        end = chunk(b'IEND', b'')
-        with open(self.path, 'wb') as file:
-            file.write(image + end)
-        plot._label_png(self.path)
-        text = chunk(b'tEXt', b'Copyright\0' + plot.LICENCE.encode())
-        with open(self.path, 'rb') as file:
-            self.assertEqual(file.read(), image + text + end)
