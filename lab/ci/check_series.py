@@ -23,9 +23,10 @@ import sys
 import time
 from typing import Dict, Iterator, List, Set, Tuple
 
-from lab import run_tests
 from lab.base import BUILD as BASE_BUILD, ROOT
 from lab.ci import tap
+from lab.ci.migration_tests import OWN_TESTS, Accelerator, MigrationTest
+from lab.ci.report import shown
 from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, Wrong
 
 
@@ -134,9 +135,9 @@ def build(step: int) -> str:
     with open(path, encoding='utf-8', errors='replace') as log:
         text = log.read()
     if code:
-        raise Wrong(f'does not build, see {run_tests.shown(path)}')
+        raise Wrong(f'does not build, see {shown(path)}')
     if WARNING.search(text):
-        raise Wrong(f'builds with warnings, see {run_tests.shown(path)}')
+        raise Wrong(f'builds with warnings, see {shown(path)}')
     return f'{time.monotonic() - began:.0f} s'
 
 
@@ -147,13 +148,13 @@ def run_unit_tests(step: int) -> List[Outcome]:
         path = os.path.join(LOGS, f'{step}-{name}.log')
         with open(path, 'w', encoding='utf-8') as log:
             for outcome in tap.run([f'{BUILD}/tests/unit/{name}', '--tap', '-k'],
-                                   log, run_tests.UNIT_TIMEOUT, cwd=BUILD):
+                                   log, cwd=BUILD):
                 outcome.name, outcome.log = f'{name} {outcome.name}', path
                 outcomes.append(outcome)
     return outcomes
 
 
-def run_migration_tests(program: run_tests.MigrationTest, step: int,
+def run_migration_tests(program: MigrationTest, step: int,
                         paths: List[str]) -> List[Outcome]:
     """Migration tests, side by side."""
     outcomes: List[Outcome] = []
@@ -167,7 +168,7 @@ def run_migration_tests(program: run_tests.MigrationTest, step: int,
 class Step:
     """One step of the series."""
 
-    def __init__(self, number: int, accelerator: run_tests.Accelerator,
+    def __init__(self, number: int, accelerator: Accelerator,
                  quick: bool) -> None:
         self.number = number
         self.accelerator = accelerator
@@ -208,19 +209,18 @@ class Step:
         if same:
             yield from [f'as step {same}'] * 3
             return
-        program = run_tests.MigrationTest('./qemu-system-x86_64',
-                                          self.accelerator,
-                                          build=BUILD)
+        program = MigrationTest('./qemu-system-x86_64', self.accelerator,
+                                build=BUILD)
         there = program.list()
         wanted = [path for path in QEMU_TESTS if path in there]
         if len(wanted) < len(QEMU_TESTS):
             print(f'    not among the tests here: '
                   f'{" ".join(sorted(set(QEMU_TESTS) - set(wanted)))}')
         yield self._count(run_migration_tests(program, self.number, wanted))
-        writer = run_tests.MigrationTest(f'{BUILD}/qemu-system-x86_64',
-                                         self.accelerator)
+        writer = MigrationTest(f'{BUILD}/qemu-system-x86_64',
+                               self.accelerator)
         outcomes = run_migration_tests(writer, self.number, list(WRITER_TESTS))
-        own = [path for path in there if path.startswith(run_tests.OWN_TESTS)]
+        own = [path for path in there if path.startswith(OWN_TESTS)]
         for outcome in outcomes:
             if outcome.status == FAILED and FILLED in outcome.reason and not own:
                 outcome.status = FILLED
@@ -277,7 +277,7 @@ def check_step(step: Step, results: Dict[str, List[str]],
         print(f'      FAILED: {problem}', flush=True)
     for outcome in step.failed:
         print(f'      FAILED: {outcome.name}: {outcome.reason} '
-              f'(see {run_tests.shown(outcome.log)})', flush=True)
+              f'(see {shown(outcome.log)})', flush=True)
     if problem or step.failed:
         return False
     if not step.quick:
@@ -307,7 +307,7 @@ def main() -> int:
                      'patches/topics lists them')
     os.makedirs(LOGS, exist_ok=True)
 
-    accelerator = run_tests.Accelerator()
+    accelerator = Accelerator()
     print(f'# accelerator of live guests: {accelerator.description}')
     print('step  ' + f'{"subject":67}' + ''.join(
         f'  {title:{width}}' for title, width in COLUMNS))

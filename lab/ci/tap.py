@@ -15,6 +15,10 @@ from typing import Callable, Dict, IO, Iterator, List, Optional, Sequence
 
 from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, ending
 
+# Seconds without a sign of life: a live guest under TCG on a busy machine
+# needs a minute, a memory hog of a test on a slow one two.
+TIMEOUT = 300
+
 RESULT = re.compile(r'(?P<bad>not )?ok\b\s*(?P<number>\d+)?\s*(?:- )?'
                     r'(?P<name>[^#]*?)\s*(?:#\s*(?P<directive>.*))?$')
 DIRECTIVE = re.compile(r'(skip|todo)\S*\s*(.*)', re.IGNORECASE)
@@ -100,7 +104,7 @@ def lines_of(stream: IO[bytes], timeout: float) -> Iterator[str]:
         yield buffer.decode(errors='replace')
 
 
-def run(command: Sequence[str], log: IO[str], timeout: float,
+def run(command: Sequence[str], log: IO[str], timeout: float = TIMEOUT,
         expected: Sequence[str] = (), cwd: Optional[str] = None,
         env: Optional[Dict[str, str]] = None,
         progress: Callable[[str], None] = lambda name: None) -> List[Outcome]:
