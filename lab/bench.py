@@ -37,6 +37,7 @@ from lab.measure.summary import RowResult
 from lab.memory import GIB, MIB, PAGE_SIZE, SMALLEST
 from lab.migrate import MigrationFailed
 from lab.qemu import GuestError, pick_accelerator
+from lab.ram import HUGE_PAGE
 
 OUTPUT = os.path.join(ROOT, 'build/bench')
 
@@ -47,11 +48,6 @@ RESULTS = os.path.join(ROOT, 'docs/results')
 QUICK_SIZE = {IDLE: 512 * MIB, FULL: 256 * MIB}
 SIZE = {IDLE: 8 * GIB, FULL: 4 * GIB}
 RUNS = 5
-
-HUGE_PAGE = 2 * MIB
-
-# Of what is made
-LICENCE = 'SPDX-License-Identifier: GPL-2.0-or-later'
 
 LEGEND = """\
 Medians over the runs. MiB: what was added during the operation; of guest RAM
@@ -414,7 +410,7 @@ def save(text: str, patterns: Sequence[str]) -> None:
     os.makedirs(RESULTS, exist_ok=True)
     path = os.path.join(RESULTS, f"{'-'.join(words)}.rst")
     with open(path, 'w', encoding='utf-8') as file:
-        file.write(f'.. {LICENCE}\n\n{text}\n')
+        file.write(f'.. {report.LICENCE}\n\n{text}\n')
     say(f'The tables are in {os.path.relpath(path)}.')
 
 

@@ -103,6 +103,10 @@ class Comparison:
     def identical(self) -> bool:
         return self.differing_pages == 0
 
+    def __str__(self) -> str:
+        return (f'{self.differing_pages} pages differ, the first at '
+                f'{self.first_difference or 0:#x}')
+
 
 def _pages(data: bytes) -> Iterator[bytes]:
     return (data[i:i + PAGE_SIZE] for i in range(0, len(data), PAGE_SIZE))

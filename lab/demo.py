@@ -140,9 +140,7 @@ def judge(results: Dict[str, Result]) -> int:
     for name, result in results.items():
         what = f'{name}, {format_size(result.config.size)}'
         if not result.comparison.identical:
-            say_failed(f'{what}: {result.comparison.differing_pages} '
-                       'pages of RAM differ, the first at offset '
-                       f'{result.comparison.first_difference:#x}')
+            say_failed(f'{what}: {result.comparison}')
             status = 1
         if name != 'stock' and not result.destination_is_sparse:
             say_failed(f'{what}: the destination grew by '

@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Iterator, Optional
 
 from lab.cgroup import own_directories
@@ -26,9 +26,6 @@ _SHMEM_ENABLED = '/sys/kernel/mm/transparent_hugepage/shmem_enabled'
 _USERFAULTFD = {'x86_64': 323, 's390x': 355, 'ppc64': 364, 'ppc64le': 364}
 _USERFAULTFD_GENERIC = 282
 _USERFAULTFD_IOC_NEW = 0xaa00   # linux/userfaultfd.h
-
-NO_USERFAULTFD = ('userfaultfd is not allowed here '
-                  '(sysctl vm.unprivileged_userfaultfd)')
 
 
 # Processors
@@ -103,22 +100,22 @@ def free_huge_pages() -> int:
 
 
 @contextmanager
-def locked_huge_pages() -> Iterator[int]:
+def locked_huge_pages(needed: int) -> Iterator[None]:
     """Let no other test take huge pages meanwhile.
 
-    Tells how many are free.  sparse_lock_huge_pages() of migration-test takes
-    the same lock.
+    Raises Unavailable if fewer than needed are free.  sparse_lock_huge_pages() of
+    migration-test takes the same lock.
     """
-    try:
-        lock = os.open(_HUGE_PAGES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield 0
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield free_huge_pages()
-    finally:
-        os.close(lock)
+    with ExitStack() as stack:
+        with suppress(OSError):
+            lock = os.open(_HUGE_PAGES,
+                           os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if free_huge_pages() < needed:
+            raise Unavailable(f'fewer than {needed} free huge pages of 2 MiB '
+                              '(sysctl vm.nr_hugepages)')
+        yield
 
 
 def free_shm() -> int:
@@ -133,6 +130,12 @@ def free_shm() -> int:
         return 0
     # A tmpfs of unlimited size has no blocks at all
     return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
+
+
+def require_shm(needed: int) -> None:
+    """Raise Unavailable if this many bytes cannot be written to /dev/shm."""
+    if needed and free_shm() < needed:
+        raise Unavailable(f'less than {needed // MIB} MiB free in {SHM}')
 
 
 def direct_io_works(directory: str) -> bool:
@@ -185,3 +188,10 @@ def userfaultfd_works(by_device: bool = True) -> bool:
     number = _USERFAULTFD.get(os.uname().machine, _USERFAULTFD_GENERIC)
     return _close(ctypes.CDLL(None).syscall(number, os.O_CLOEXEC)) or \
         by_device and _userfaultfd_by_device()
+
+
+def require_userfaultfd(by_device: bool = True) -> None:
+    """Raise Unavailable unless userfaultfd_works()."""
+    if not userfaultfd_works(by_device):
+        raise Unavailable('userfaultfd is not allowed here '
+                          '(sysctl vm.unprivileged_userfaultfd)')

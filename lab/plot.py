@@ -33,9 +33,6 @@ from lab.qemu import pick_accelerator
 # Not docs/devel, which becomes QEMU's with the series
 DIRECTORY = os.path.join(ROOT, 'docs/results')
 
-# Of what is made
-LICENCE = 'SPDX-License-Identifier: GPL-2.0-or-later'
-
 DATA = 64 * MIB                 # scattered over all of RAM
 SMALLEST = 1 * GIB
 # Of each point, in rounds, so that a busy minute does not spoil one of them
@@ -118,7 +115,7 @@ class Plot:
               comments: Sequence[str]) -> None:
         """Replace the values."""
         with open(self.csv, 'w', encoding='utf-8') as file:
-            for line in (LICENCE, *comments, self._columns):
+            for line in (report.LICENCE, *comments, self._columns):
                 file.write(f'# {line}\n')
             for row in rows:
                 file.write(','.join(_cell(value) for value in row) + '\n')
@@ -187,7 +184,7 @@ def _label_svg(path: str) -> None:
     with open(path, 'w', encoding='utf-8') as file:
         # What gnuplot leaves at the end of lines, style checks do not like
         lines = [line.rstrip() for line in rest.splitlines()]
-        file.write('\n'.join([first, f'<!-- {LICENCE} -->', *lines]) + '\n')
+        file.write('\n'.join([first, f'<!-- {report.LICENCE} -->', *lines]) + '\n')
 
 
 # Measuring

@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Dict, List
 
-from lab import content
+from lab import content, host
 from lab.cli import memory_floor
 from lab.faults import known
 from lab.faults.attempt import Attempt, Hang, prepare
 from lab.faults.cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS,
                               TO_DESTINATION, Case, Cut, Dice, Moment)
 from lab.faults.peek import Expected
-from lab.faults.run import Job, Result, Tools, require_userfaultfd, run_job
+from lab.faults.run import Job, Result, Tools, run_job
 from lab.faults.sides import Side, Snapshot
 from lab.faults.verdict import check_ended
 from lab.guest import writer
@@ -115,7 +115,7 @@ class _Live(Job):
 
     def run(self) -> None:
         if any(case.how.postcopy for case in self._cases):
-            require_userfaultfd()
+            host.require_userfaultfd()
         source = self._start('source', False)
         with watched(self._sides, memory_floor(), _TIMEOUT) as watchdog:
             source.qmp('cont')
@@ -173,9 +173,7 @@ class _Live(Job):
         if case.how.postcopy:
             return                      # the guest has run on since
         comparison = content.compare(source.ram, destination.ram)
-        expect(comparison.identical,
-               f'{comparison.differing_pages} pages differ, the first at '
-               f'{comparison.first_difference or 0:#x}')
+        expect(comparison.identical, str(comparison))
 
     def _check_by_guest(self, destination: Side, watchdog: Watchdog) -> None:
         """The guest's own opinion, and that it goes on."""

@@ -20,7 +20,7 @@ from lab.faults.cases import MODES, Case
 from lab.faults.failcalls import FailCalls
 from lab.faults.peek import Expected
 from lab.faults.sides import Layout, Side, Snapshot, stacks
-from lab.memory import GIB, MIB, PAGE_SIZE
+from lab.memory import GIB, PAGE_SIZE
 from lab.migrate import MigrationAborted, Watchdog, address_of, watched
 from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong,
@@ -86,12 +86,6 @@ class Result:
 def _no_core_dumps() -> None:
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-
-
-def require_userfaultfd() -> None:
-    """Raise Unavailable if postcopy cannot work here."""
-    if not host.userfaultfd_works():
-        raise Unavailable(host.NO_USERFAULTFD)
 
 
 class Job:
@@ -169,17 +163,12 @@ class _Run(Job):
     def _check_available(self) -> None:
         case = self._case
         if case.source == 'hugetlb':
-            if self._stack.enter_context(
-                    host.locked_huge_pages()) < _HUGE_PAGES:
-                raise Unavailable(f'{_HUGE_PAGES} free huge pages of 2 MiB '
-                                  'are needed (vm.nr_hugepages)')
+            self._stack.enter_context(host.locked_huge_pages(_HUGE_PAGES))
         # With a second destination
-        if 'shm-file' in (case.source, case.destination) and \
-                host.free_shm() < 3 * case.size:
-            raise Unavailable(f'{3 * case.size // MIB} MiB of room are needed '
-                              f'in {host.SHM}')
+        if 'shm-file' in (case.source, case.destination):
+            host.require_shm(3 * case.size)
         if case.how.postcopy:
-            require_userfaultfd()
+            host.require_userfaultfd()
         if case.fault == 'oom':
             self._cgroup = self._stack.enter_context(Cgroup(GIB))
         if case.fault == 'tmpfs-full':

@@ -40,9 +40,7 @@ def warnings(log: str) -> Dict[str, int]:
 def check_content(what: str, expected: Ram, side: Side) -> None:
     """All bytes of RAM."""
     comparison = content.compare(expected, side.ram)
-    expect(comparison.identical,
-           f'{what}: {comparison.differing_pages} pages differ, the first '
-           f'at {comparison.first_difference or 0:#x}')
+    expect(comparison.identical, f'{what}: {comparison}')
 
 
 def check_received(snapshot: Snapshot, expected: Expected,

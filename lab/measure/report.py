@@ -14,6 +14,10 @@ from lab.memory import MIB, format_size
 from lab.measure.once import Pressure, Result
 
 
+# Of what is made
+LICENCE = 'SPDX-License-Identifier: GPL-2.0-or-later'
+
+
 def rst_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A simple table; no cell may be empty, in the first column least of all
     (there it would continue the row above).

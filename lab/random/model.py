@@ -12,14 +12,11 @@ import random
 from typing import (Callable, Dict, Iterable, List, Optional, Sequence,
                     Tuple)
 
-PAGE = 4096
-THP = 2 << 20                   # bytes of a transparent, or other, huge page
-MIB = 1 << 20
+from lab.memory import PAGE_SIZE as PAGE
+from lab.ram import HUGE_PAGE as THP, Extent
 
 # What a page is before the migration
 HOLE, ZERO, DATA = range(3)
-
-Extent = Tuple[int, int]        # start, end (exclusive)
 
 _ZERO_PAGE = bytes(PAGE)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from lab import UserError, host
-from lab.memory import available
+from lab.memory import MIB, available
 from lab.migrate import (MigrationFailed, configure, listen, run_job, watched)
 from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
@@ -24,7 +24,7 @@ from lab.qtest_client import Qtest
 from lab.ram import Ram, Writer, find_blocks
 from lab.random.case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case,
                              Side, policy, source_reads)
-from lab.random.model import (DATA, HOLE, MIB, PAGE, THP, ZERO, BlockModel,
+from lab.random.model import (DATA, HOLE, PAGE, THP, ZERO, BlockModel,
                               Content, allowed_on_destination,
                               allowed_on_source, expand, in_extents, in_units,
                               minus, runs_of, some, union)
@@ -77,16 +77,12 @@ def _require(case: Case, directory: str, stack: ExitStack) -> None:
     stack: of what is to be undone when the case is over
     """
     if any('hugetlb' in side.backend for block in case.blocks
-           for side in (block.source, block.destination)) \
-            and stack.enter_context(host.locked_huge_pages()) < 64:
-        raise Unavailable('fewer than 64 free huge pages of 2 MiB '
-                          '(sysctl vm.nr_hugepages)')
+           for side in (block.source, block.destination)):
+        stack.enter_context(host.locked_huge_pages(64))
     # With some room for what is around a block
-    needed = sum((block.size + 1) * MIB for block in case.blocks
-                 for side in (block.source, block.destination)
-                 if side.backend.startswith('shm'))
-    if needed and host.free_shm() < needed:
-        raise Unavailable(f'less than {needed // MIB} MiB free in {host.SHM}')
+    host.require_shm(sum((block.size + 1) * MIB for block in case.blocks
+                         for side in (block.source, block.destination)
+                         if side.backend.startswith('shm')))
     if case.source.parameters.get('direct-io') and \
             not host.direct_io_works(directory):
         raise Unavailable(f'no O_DIRECT in {os.path.dirname(directory)} '
@@ -96,9 +92,8 @@ def _require(case: Case, directory: str, stack: ExitStack) -> None:
             os.geteuid():
         raise Unavailable(f'no more than {_LOCKED // MIB} MiB of memory can '
                           'be locked (ulimit -l)')
-    if (case.postcopy or case.mode == 'background-snapshot') and \
-            not host.userfaultfd_works():
-        raise Unavailable(host.NO_USERFAULTFD)
+    if case.postcopy or case.mode == 'background-snapshot':
+        host.require_userfaultfd()
 
 
 _PR_SET_THP_DISABLE = 41

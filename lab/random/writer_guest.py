@@ -9,11 +9,12 @@ import time
 from typing import Iterable, Tuple
 
 from lab.guest import writer
+from lab.memory import MIB
 from lab.outcome import Wrong
 from lab.qemu import Qemu
 from lab.qtest_client import Qtest
 from lab.ram import Ram
-from lab.random.model import DATA, MIB, PAGE, ZERO, BlockModel
+from lab.random.model import DATA, PAGE, ZERO, BlockModel
 
 # Code and table, and what else a PC has there
 _LOW = 2 * MIB

@@ -89,16 +89,18 @@ class HugePages(unittest.TestCase):
                     file.write(text)
             other = os.open(directory, os.O_RDONLY)
             self.addCleanup(os.close, other)
-            with host.locked_huge_pages() as free:
-                self.assertEqual(free, 64)
+            with host.locked_huge_pages(64):
                 with self.assertRaises(BlockingIOError):
                     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self.assertRaisesRegex(Unavailable, 'fewer than 65'), \
+                 host.locked_huge_pages(65):
+                pass
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def test_none(self):
         with mock.patch.object(host, '_HUGE_PAGES', '/nonexistent'), \
-             host.locked_huge_pages() as free:
-            self.assertEqual(free, 0)
+             self.assertRaises(Unavailable), host.locked_huge_pages(1):
+            pass
 
 
 class Userfaultfd(unittest.TestCase):

@@ -44,7 +44,7 @@ class Files(unittest.TestCase):
         comments, rows = self.plot.read()
         self.assertEqual(rows, [['one, two', '1', '2.500'],
                                 ['three', '3', '4.000']])
-        self.assertEqual(comments, [plot.LICENCE, 'size: 7', 'series,x,y'])
+        self.assertEqual(comments, [plot.report.LICENCE, 'size: 7', 'series,x,y'])
 
     def test_missing(self):
         with self.assertRaises(UserError):
@@ -66,4 +66,4 @@ class Files(unittest.TestCase):
         plot._label_svg(self.path)
         with open(self.path, encoding='utf-8') as file:
             self.assertEqual(file.read(), '<?xml version="1.0"?>\n'
-                             f'<!-- {plot.LICENCE} -->\n<svg>\n</svg>\n')
+                             f'<!-- {plot.report.LICENCE} -->\n<svg>\n</svg>\n')
