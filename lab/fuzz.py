@@ -55,7 +55,11 @@ NUMBERS = (0, 1, 2, RAM_SIZE // PAGE - 1, RAM_SIZE // PAGE,
 
 
 class Qemu:
-    """A QEMU with nothing but RAM; talks QMP on stdin and stdout."""
+    """A QEMU with nothing but RAM; talks QMP on stdin and stdout.
+
+    Not lab.qemu.Qemu: that takes half as long again to start, and QEMU's package
+    cannot read a log that is not UTF-8, as names of blocks need not be.
+    """
 
     def __init__(self, binary: str, *args: str):
         self._stderr = tempfile.TemporaryFile()

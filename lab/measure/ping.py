@@ -15,6 +15,7 @@ _INTERVAL = 0.005
 class Pinger:
     """Asks a QMP monitor that nobody else uses, again and again.
 
+    Not by QEMU's package, whose event loop would be a part of what is measured.
     A context manager; leaving it waits for the last answer.
 
     longest: seconds from a question to its answer, so far.  A silence can have

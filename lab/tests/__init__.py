@@ -8,6 +8,17 @@ import unittest
 
 from lab.ram import Ram
 
+# Whoever runs the tests may be unknown to git, and no test must depend on it
+NAME, MAIL = 'Erika Mustermann', 'erika@example.org'
+WHO = {'GIT_AUTHOR_NAME': NAME, 'GIT_AUTHOR_EMAIL': MAIL,
+       'GIT_COMMITTER_NAME': NAME, 'GIT_COMMITTER_EMAIL': MAIL}
+
+
+def read(path: str) -> str:
+    """All of a file."""
+    with open(path, encoding='utf-8') as file:
+        return file.read()
+
 
 def mapped_ram(test: unittest.TestCase, fd: int, size: int,
                flags: int = mmap.MAP_SHARED) -> 'tuple[mmap.mmap, Ram]':

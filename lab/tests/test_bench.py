@@ -264,9 +264,8 @@ class Ping(unittest.TestCase):
     """The longest silence of a monitor, which is a thread here."""
 
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = os.path.join(directory.name, 'monitor')
+        directory = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = os.path.join(directory, 'monitor')
         self.listener = socket.socket(socket.AF_UNIX)
         self.addCleanup(self.listener.close)
         self.listener.bind(self.path)
@@ -758,20 +757,17 @@ class Limits(unittest.TestCase):
 
 class Runs(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
+        directory = self.enterContext(tempfile.TemporaryDirectory())
         self.order = []
         self.outcome = {}
         with mock.patch.object(sys, 'argv', [
                 'bench', '--only', 'precopy', '--runs', '3', '--accel', 'tcg',
-                '--directory', directory.name]):
+                '--directory', directory]):
             self.args = bench.parse_args()
         for name, value in (('measure', self.measure),
                             ('say', lambda _: None),
                             ('busy_cpus', lambda _: 0.0)):
-            patcher = mock.patch.object(bench, name, value)
-            patcher.start()
-            self.addCleanup(patcher.stop)
+            self.enterContext(mock.patch.object(bench, name, value))
 
     def measure(self, _, config):
         name = 'stock' if config.binary == self.args.stock else 'patched'

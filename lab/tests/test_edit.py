@@ -12,12 +12,9 @@ import unittest
 from typing import Dict, List
 
 from lab.base import ROOT
+from lab.tests import MAIL, NAME, WHO, read
 
-
-NAME, MAIL = 'Erika Mustermann', 'erika@example.org'
-WHO = {'GIT_AUTHOR_NAME': NAME, 'GIT_AUTHOR_EMAIL': MAIL,
-       'GIT_COMMITTER_NAME': NAME, 'GIT_COMMITTER_EMAIL': MAIL,
-       'GIT_CONFIG_GLOBAL': '/dev/null', 'GIT_CONFIG_NOSYSTEM': '1',
+GIT = {**WHO, 'GIT_CONFIG_GLOBAL': '/dev/null', 'GIT_CONFIG_NOSYSTEM': '1',
        'GIT_EDITOR': 'true', 'GIT_SEQUENCE_EDITOR': 'true'}
 
 SCRIPTS = ('lib.sh', 'series.sh', 'apply-series', 'edit-series', 'save-series',
@@ -34,12 +31,6 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
-def read(path: str) -> str:
-    """All of a file."""
-    with open(path, encoding='utf-8') as file:
-        return file.read()
-
-
 @unittest.skipUnless(shutil.which('git') and shutil.which('rsync'),
                      'git or rsync is not installed')
 class Project(unittest.TestCase):
@@ -48,9 +39,8 @@ class Project(unittest.TestCase):
     template = ''
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory(prefix='sparse-ram-')
-        self.addCleanup(directory.cleanup)
-        self.top = os.path.join(directory.name, 'project')
+        directory = self.enterContext(tempfile.TemporaryDirectory(prefix='sparse-ram-'))
+        self.top = os.path.join(directory, 'project')
         self.edit = f'{self.top}/build/9.2/edit'
         if Project.template:
             shutil.copytree(Project.template, self.top)
@@ -105,7 +95,7 @@ class Project(unittest.TestCase):
                code: int = 0, **env: str) -> str:
         """Runs a command, which has to end with the code."""
         result = subprocess.run(
-            command, cwd=directory, env={**os.environ, **WHO, 'BASE': base, **env},
+            command, cwd=directory, env={**os.environ, **GIT, 'BASE': base, **env},
             text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, check=False)
         self.assertEqual(result.returncode, code, (command, result.stdout))

@@ -148,15 +148,14 @@ class Channel(unittest.TestCase):
     """The proxy, with a destination that keeps what it gets."""
 
     def setUp(self):
-        self.directory = tempfile.TemporaryDirectory()
-        self.addCleanup(self.directory.cleanup)
-        path = os.path.join(self.directory.name, 'destination')
+        self.directory = self.enterContext(tempfile.TemporaryDirectory())
+        path = os.path.join(self.directory, 'destination')
         self.listener = socket.socket(socket.AF_UNIX)
         self.addCleanup(self.listener.close)
         self.listener.bind(path)
         self.listener.listen()
         self.proxy = Proxy(f'unix:{path}',
-                           f'unix:{self.directory.name}/proxy')
+                           f'unix:{self.directory}/proxy')
 
     def connect(self):
         source = socket.socket(socket.AF_UNIX)

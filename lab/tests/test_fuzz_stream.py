@@ -106,9 +106,7 @@ class Errors(unittest.TestCase):
                      f"there is no {os.path.basename(QEMU)}: run 'make qemu'")
 class WithQemu(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.directory = directory.name
+        self.directory = self.enterContext(tempfile.TemporaryDirectory())
         self.path = os.path.join(self.directory, 'captured')
 
     def test_capture(self):

@@ -33,10 +33,9 @@ class Values(unittest.TestCase):
 
 class Files(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = os.path.join(directory.name, 'file')
-        self.plot = plot.Plot(directory.name, 'name', 'series,x,y')
+        directory = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = os.path.join(directory, 'file')
+        self.plot = plot.Plot(directory, 'name', 'series,x,y')
 
     def test_values_come_back(self):
         self.plot.write([['one, two', 1, 2.5], ['three', 3, 4.0]],

@@ -103,9 +103,7 @@ class ModulesTest(unittest.TestCase):
     """Modules of a kernel that was unpacked."""
 
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.package = directory.name
+        self.package = self.enterContext(tempfile.TemporaryDirectory())
         self.drivers = f'{self.package}/usr/lib/modules/6.12/kernel/drivers'
         os.makedirs(self.drivers)
         with open(f'{self.drivers}/../../modules.builtin', 'w',

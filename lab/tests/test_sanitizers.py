@@ -59,9 +59,7 @@ UNDEFINED = '''../src/migration/old.c:4:2: runtime error: shift exponent 64 is t
 
 class Sanitizers(unittest.TestCase):
     def setUp(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.top = directory.name
+        self.top = self.enterContext(tempfile.TemporaryDirectory())
         for tree, name, text in (
                 ('stock', 'old.c', 'one\ntwo\nfour\n'),
                 ('patched', 'old.c', 'one\ntwo\nthree\nfour\n'),

@@ -14,15 +14,10 @@ from importlib.machinery import SourceFileLoader
 from typing import Dict, List
 
 from lab.base import BUILD, ROOT
+from lab.tests import MAIL, NAME, WHO, read
 
 STOCK = os.path.join(BUILD, 'stock-src')
 PATCHED = os.path.join(BUILD, 'patched-src')
-
-NAME, MAIL = 'Erika Mustermann', 'erika@example.org'
-
-# Who runs the tests may be unknown to git, and the test must not depend on it.
-WHO = {'GIT_AUTHOR_NAME': NAME, 'GIT_AUTHOR_EMAIL': MAIL,
-       'GIT_COMMITTER_NAME': NAME, 'GIT_COMMITTER_EMAIL': MAIL}
 
 
 def run(*command: str, cwd: str = ROOT, env: Dict[str, str] = WHO,
@@ -35,12 +30,6 @@ def run(*command: str, cwd: str = ROOT, env: Dict[str, str] = WHO,
     if check and result.returncode:
         raise AssertionError(f'{" ".join(command)}: {result.stdout[-2000:]}')
     return result
-
-
-def read(path: str) -> str:
-    """All of a file."""
-    with open(path, encoding='utf-8') as file:
-        return file.read()
 
 
 def files_in(patch: str) -> List[str]:

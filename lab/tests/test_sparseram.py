@@ -239,11 +239,6 @@ class Survivable(unittest.TestCase):
 
 
 class Judge(unittest.TestCase):
-    def setUp(self):
-        said = []
-        self.addCleanup(setattr, demo, 'say', demo.say)
-        demo.say = said.append
-
     def judge(self, **results) -> int:
         return demo.judge(results)
 
@@ -268,11 +263,6 @@ def pressure(outcome) -> Pressure:
 
 
 class JudgePressure(unittest.TestCase):
-    def setUp(self):
-        said = []
-        self.addCleanup(setattr, demo, 'say', demo.say)
-        demo.say = said.append
-
     def judge(self, **outcomes) -> int:
         return demo.judge_pressure({name: pressure(outcome) for name, outcome
                                     in outcomes.items()})
