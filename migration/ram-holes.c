@@ -136,6 +136,15 @@ static bool can_ask(const RAMBlock *rb)
 }
 
 /*
+ * Whether the machine does not write to guest RAM when it is reset before an
+ * incoming migration.  pseries, for example, writes its device tree.
+ */
+static bool machine_leaves_ram_alone(void)
+{
+    return object_resolve_path_type("", "x86-machine", NULL);
+}
+
+/*
  * QEMU does not write to the memory of a backend before an incoming migration:
  * ROMs, for example, are not copied to it (rom_reset()).  Other memory, like
  * that of ROMs, has contents.
@@ -143,7 +152,8 @@ static bool can_ask(const RAMBlock *rb)
 static bool find_pristine(const RAMBlock *rb)
 {
     return runstate_check(RUN_STATE_INMIGRATE) && !rb->holes->used &&
-           migrate_ram_holes() && !(rb->flags & RAM_PREALLOC) &&
+           migrate_ram_holes() && machine_leaves_ram_alone() &&
+           !(rb->flags & RAM_PREALLOC) &&
            ram_block_backend(rb) && !can_ask(rb) &&
            (ram_block_is_own(rb) || file_is_empty(rb->fd));
 }

@@ -147,7 +147,8 @@ size_t ram_put_zero_pages(QEMUFile *f, ram_addr_t offset, unsigned long npages)
         }
         qemu_put_buffer(f, (uint8_t *)records, count * sizeof(records[0]));
         rest -= count;
-        if (npages - rest > ZERO_RUN_MAX) {
+        /* A page that is waited for may be sent by another thread */
+        if (npages - rest > ZERO_RUN_MAX && !migration_in_postcopy()) {
             migration_rate_limit();
         }
     }

@@ -11,6 +11,7 @@
 #ifndef QEMU_MIGRATION_RAM_ZERO_RUNS_H
 #define QEMU_MIGRATION_RAM_ZERO_RUNS_H
 
+#include "qemu/sparse-file.h"
 #include "migration.h"
 #include "qemu-file.h"
 #include "ram-holes.h"

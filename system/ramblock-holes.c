@@ -230,7 +230,7 @@ static int extent_private_hugetlb(const RAMBlock *rb, const SparseRange *within,
  * for a moment, a page that is being moved: the sizes differ then.  So all is
  * looked at in one pass.
  */
-static bool no_huge_page_elsewhere(const RAMBlock *rb, const SparseRange *hole)
+static bool sizes_agree(const RAMBlock *rb, const SparseRange *hole)
 {
     uint64_t address = (uintptr_t)rb->host;
     int64_t before = sparse_file_allocated(rb->fd);
@@ -252,6 +252,15 @@ static bool no_huge_page_elsewhere(const RAMBlock *rb, const SparseRange *hole)
         all.start = populated.end;
     }
     return before == mapped && sparse_file_allocated(rb->fd) == mapped;
+}
+
+/*
+ * The sizes agree by chance if, during the pass, the guest populates a page in
+ * front of it and discards one behind it.
+ */
+static bool no_huge_page_elsewhere(const RAMBlock *rb, const SparseRange *hole)
+{
+    return sizes_agree(rb, hole) && sizes_agree(rb, hole);
 }
 
 /*

@@ -634,7 +634,37 @@ static void test_snapshot(const void *opaque)
     guest_ram_close(&ram);
 }
 
-/* A snapshot has no mapped RAM: loadvm must say so before it resets anything */
+/* QEMU 10.0 has no snapshots with mapped RAM: it must say so before it resets */
+static void check_mapped_ram_refused(QTestState *who, GuestRam *ram,
+                                     const uint8_t *kinds)
+{
+    g_autofree char *output = NULL;
+
+    migrate_set_capability(who, "mapped-ram", false);
+    snapshot(who, "snapshot-save");
+    migrate_set_capability(who, "mapped-ram", true);
+    /* The interrupt mask is 0 after a reset */
+    qtest_outb(who, PIC_MASK, 0x5a);
+    output = qtest_hmp(who, "loadvm " TAG);
+    g_assert(strstr(output, "mapped-ram"));
+    g_assert_cmphex(qtest_inb(who, PIC_MASK), ==, 0x5a);
+    guest_ram_check_pattern(ram, kinds);
+}
+
+/* Pages that are not in the snapshot were zero, whatever is there now. */
+static void check_mapped_ram_loaded(QTestState *who, GuestRam *ram,
+                                    const uint8_t *kinds)
+{
+    g_autofree unsigned long *data = sparse_data_pages(kinds, ram->pages);
+    g_auto(GuestRamState) before = { };
+
+    guest_ram_make_stale(ram);
+    guest_ram_state_take(&before, ram);
+    snapshot_hmp(who, "loadvm");
+    guest_ram_check_allocation(ram, SPARSE_DATA, &before, data);
+    guest_ram_check_pattern(ram, kinds);
+}
+
 static void test_snapshot_mapped_ram(const void *opaque)
 {
     g_autofree char *path = g_strdup_printf("%s/disk", sparse_env->tmpfs);
@@ -644,19 +674,17 @@ static void test_snapshot_mapped_ram(const void *opaque)
     GuestRam ram;
 
     who = start_with_disk(&ram, &sparse_memfd, NULL, path);
-    snapshot(who, "snapshot-save");
-
     kinds = sparse_pattern_new(&sparse_mixed, ram.pages);
     guest_ram_punch(&ram);
     guest_ram_prepare(&ram, kinds);
-    /* The interrupt mask is 0 after a reset */
-    qtest_outb(who, PIC_MASK, 0x5a);
     migrate_set_capability(who, "mapped-ram", true);
-    output = qtest_hmp(who, "loadvm " TAG);
-    g_test_message("%s", output);
-    g_assert(strstr(output, "mapped-ram"));
-    g_assert_cmphex(qtest_inb(who, PIC_MASK), ==, 0x5a);
-    guest_ram_check_pattern(&ram, kinds);
+    output = qtest_hmp(who, "savevm " TAG);
+    if (*output) {
+        g_assert(strstr(output, "mapped-ram"));
+        check_mapped_ram_refused(who, &ram, kinds);
+    } else {
+        check_mapped_ram_loaded(who, &ram, kinds);
+    }
 
     qtest_quit(who);
     unlink(path);

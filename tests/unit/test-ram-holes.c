@@ -517,6 +517,7 @@ static const TypeInfo backends[] = {
         .name = TYPE_OTHER_BACKEND,
         .parent = TYPE_MEMORY_BACKEND,
     },
+    { .name = "x86-machine", .parent = TYPE_OBJECT },
 };
 
 /* How many pages stay allocated of a file with old data behind a backend */
@@ -1378,6 +1379,15 @@ static void setup(TestBlock *block)
     QLIST_REMOVE(&block->rb, next);
 }
 
+static Object *x86_machine;
+
+static void add_x86_machine(void)
+{
+    x86_machine = object_new("x86-machine");
+    object_property_add_child(object_get_root(), "machine", x86_machine);
+    object_unref(x86_machine);
+}
+
 static void test_pristine(void)
 {
     TestBlock block;
@@ -1389,6 +1399,14 @@ static void test_pristine(void)
     block.rb.mr = &mr;
     machine.owner = owner;
     fill_pages(&block, 0, 63);
+
+    /* A machine that may write to it when it is reset */
+    object_unparent(x86_machine);
+    setup(&block);
+    g_assert_false(ram_block_is_pristine(&block.rb));
+    add_x86_machine();
+    block.holes.used = false;
+
     setup(&block);
     g_assert_true(ram_block_is_pristine(&block.rb));
     zero_absent(&block, 64);
@@ -2011,6 +2029,7 @@ int main(int argc, char **argv)
     error_init(argv[0]);
     module_call_init(MODULE_INIT_QOM);
     type_register_static_array(backends, ARRAY_SIZE(backends));
+    add_x86_machine();
     machine.ram_holes = true;
 
     g_test_add_func("/ram-holes/hole-and-punched", test_hole_and_punched);
