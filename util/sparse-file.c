@@ -197,7 +197,9 @@ static int next_extent_counted(int fd, const SparseRange *within,
         step *= 4;
     }
     while (high - low > page_size) {
-        uint64_t middle = QEMU_ALIGN_DOWN(low + (high - low) / 2, page_size);
+        /* The last page of the part need not be a whole one */
+        uint64_t middle = low + MAX(QEMU_ALIGN_DOWN((high - low) / 2, page_size),
+                                    page_size);
 
         if (is_uniform(fd, low, middle, hole) == 1) {
             low = middle;

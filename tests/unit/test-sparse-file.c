@@ -319,6 +319,13 @@ static void test_next_data_unaligned(void)
     g_assert_cmphex(assert_extent(fd, 8 * PAGE + 7, size, 1), ==, 9 * PAGE);
     g_assert_cmphex(assert_extent(fd, 9 * PAGE + 3, 9 * PAGE + 4, 0), ==,
                     9 * PAGE + 4);
+
+    /* What is left when the extent is searched for is not two pages */
+    write_bytes(fd, 16 * PAGE, 3 * PAGE, 1);
+    g_assert_cmphex(assert_extent(fd, 16 * PAGE, 19 * PAGE + 5, 1), ==,
+                    19 * PAGE);
+    g_assert_cmphex(assert_extent(fd, 16 * PAGE, 20 * PAGE - 5, 1), ==,
+                    19 * PAGE);
     close(fd);
 }
 
