@@ -446,7 +446,8 @@ def fixed() -> List[Tuple[str, Case]]:
         rules=(('destination', _first('pagemap-scan', 'ENOTTY')),
                ('destination', _first('pagemap-read', 'EIO'))))
     add('calls/postcopy', 'postcopy', 'calls', old_data=MIB, peeks=2,
-        rules=(('destination', Rule('lseek', 'EINVAL', first=2)),))
+        rules=(('destination', Rule('cachestat', 'ENOSYS')),
+               ('destination', Rule('lseek', 'EINVAL', first=2))))
     half = Case(0, 'precopy', '').data // 2
     for mode in ('precopy', 'multifd', 'sparse-ram'):
         add(f'kill-destination/{mode}', mode, 'kill-destination',
