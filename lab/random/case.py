@@ -306,12 +306,14 @@ class _Draw:
         return [{**both, **source}, both]
 
     def _stale_would_survive(self) -> bool:
-        """What stock QEMU does with old content on the destination."""
+        """Whether the destination leaves old content alone, as stock QEMU does,
+        and the patched one with x-ram-holes=off.
+        """
         if self.binaries[1] == PATCHED and self.holes[1]:
             return False
         if self.mode.startswith('mapped-ram'):
             return True
-        return (self.mode == 'multifd' and self.binaries[1] == STOCK
+        return (self.mode == 'multifd'
                 and self.parameters[0].get('zero-page-detection',
                                            'multifd') == 'multifd')
 
