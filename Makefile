@@ -21,7 +21,7 @@ export BASE
 
 # What "make help" leaves out, besides all that is in brackets.
 rare = deps source install check-build check-qemu check-old-new check-sanitize faults check-mutations \
-       check-guests real-guest fuzz fuzz-ram random plot port check-series dsc distclean
+       check-guests real-guest fuzz fuzz-ram random plot port reference check-series dsc distclean
 short = if (index(rare, " " $$1 " ")) next; sub(/ [(].*|: .*,.*/, "", $$2);
 
 # $(call targets,ACTION): what there is; ACTION of awk: on the name $$1, the text $$2
@@ -185,6 +185,10 @@ save: ## Write the commits in build/BASE/edit to patches/ and our files
 .PHONY: port
 port: source ## Carry patches/ over to another base, in build/BASE/edit: BASE=NEW
 	@scripts/port-series
+
+.PHONY: reference
+reference: source ## Make BASE, the newest, what patches/ is for: BASE=NEW
+	@scripts/make-reference
 
 .PHONY: series
 series: source ## Write a topic, or all, as patches to mail: build/series/ (TOPIC=core)

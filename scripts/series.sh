@@ -118,6 +118,15 @@ patches_of()
     done
 }
 
+# start_differences BASE: the list of what it has instead, unless there is one.
+start_differences()
+{
+    [ -f "$top/patches/$1/series" ] || cat >"$top/patches/$1/series" <<END
+# SPDX-License-Identifier: GPL-2.0-or-later
+# How the series for QEMU $1 differs from patches/series, see scripts/series.sh.
+END
+}
+
 # version_of PATCH: tells a patch from another, wherever in a file its hunks are.
 version_of()
 {

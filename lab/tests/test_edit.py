@@ -18,7 +18,7 @@ GIT = {**WHO, 'GIT_CONFIG_GLOBAL': '/dev/null', 'GIT_CONFIG_NOSYSTEM': '1',
        'GIT_EDITOR': 'true', 'GIT_SEQUENCE_EDITOR': 'true'}
 
 SCRIPTS = ('lib.sh', 'series.sh', 'apply-series', 'edit-series', 'save-series',
-           'port-series', 'format-series', 'clean')
+           'port-series', 'make-reference', 'format-series', 'clean')
 
 # What both bases have: 9.0 lacks two lines in front, and calls something otherwise
 RAM = [f'int line_{number};\n' for number in range(40)]
@@ -454,3 +454,31 @@ class OneSet(Project):
         # Once more: what is known does not conflict again.
         self.assertIn('carried over', self.script('port-series', base='9.0'))
         self.assertEqual(self.trees(), trees)
+
+    def test_reference(self) -> None:
+        """Another base becomes it, and all commits stay what they are."""
+        self.make_edit('9.0')
+        self.replace('migration/ram.c', 'sparse line_20', 'old_sparse line_20')
+        self.git('commit', '-q', '-a', '--amend', '--no-edit')
+        self.save(base='9.0')
+        self.refused('not committed', 'make-reference', base='9.0')
+        self.commit_project()
+        before = self.state()
+        trees = {}
+        for base in ('9.0', '9.2'):
+            self.make_edit(base)
+            trees[base] = self.trees()
+        for reference in ('9.0', '9.2'):
+            self.script('make-reference', base=reference)
+            self.assertEqual(read(f'{self.top}/patches/reference'), f'{reference}\n')
+            self.commit_project()
+            for base, expected in trees.items():
+                self.make_edit(base)
+                self.assertEqual(self.trees(), expected, (reference, base))
+            self.refused('the reference already', 'make-reference',
+                         base=reference)
+        # But for a comment, all is as it was.
+        self.assertEqual([name for name in self.changed(before)
+                          if name.startswith('patches/')], ['patches/9.0/series'])
+        self.assertEqual(read(f'{self.top}/patches/9.0/series').splitlines()[2:],
+                         before['patches/9.0/series'].splitlines())
