@@ -55,13 +55,10 @@
 #define MAX_CPR_GROWTH (4 * MiB)
 
 static const SparseWay file = { .name = "file", SPARSE_FILE };
-static const SparseWay snapshot = {
-    .name = "background-snapshot", SPARSE_SNAPSHOT,
-};
 
 #define ALL_WAYS \
     { &sparse_precopy, &sparse_runs, &sparse_multifd, &sparse_postcopy, \
-      &file, &sparse_mapped_ram, &lab_mapped_ram_multifd, &snapshot }
+      &file, &sparse_mapped_ram, &lab_mapped_ram_multifd, &lab_snapshot }
 #define BASIC_WAYS { &sparse_precopy, &sparse_multifd }
 
 /* A virtio device, driven without a guest */

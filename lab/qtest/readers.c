@@ -50,19 +50,6 @@ static void *slow_pipe_drain(void *opaque)
     return NULL;
 }
 
-/* The last page of each kind, so that it is saved late */
-static uint64_t last_page_of_kind(const SparseGuests *guests, PageKind kind,
-                                  uint64_t before)
-{
-    uint64_t page = before;
-
-    do {
-        g_assert_cmpuint(page, >, 0);
-        page--;
-    } while (guests->kinds[page] != kind);
-    return page;
-}
-
 /*
  * The guest (or a device) writes while the snapshot is being taken: to a hole,
  * to pages that are populated and mapped, and to such that are not mapped.  The
@@ -86,11 +73,12 @@ static void test_snapshot_write(const void *opaque)
     }
     sparse_prepare(&guests, &sparse_mixed);
     slow_pipe.path = guests.file;
-    pages[0] = last_page_of_kind(&guests, PAGE_HOLE, guests.src.pages);
-    pages[1] = last_page_of_kind(&guests, PAGE_DATA, pages[0]);
-    pages[2] = last_page_of_kind(&guests, PAGE_DATA, pages[1]);
-    pages[3] = last_page_of_kind(&guests, PAGE_ZERO, pages[2]);
-    pages[4] = last_page_of_kind(&guests, PAGE_ZERO, pages[3]);
+    /* The last ones, which are saved late */
+    pages[0] = lab_last_of_kind(&guests, PAGE_HOLE, guests.src.pages);
+    pages[1] = lab_last_of_kind(&guests, PAGE_DATA, pages[0]);
+    pages[2] = lab_last_of_kind(&guests, PAGE_DATA, pages[1]);
+    pages[3] = lab_last_of_kind(&guests, PAGE_ZERO, pages[2]);
+    pages[4] = lab_last_of_kind(&guests, PAGE_ZERO, pages[3]);
     qtest_readb(guests.from, pages[2] * guests.src.page_size);
     qtest_readb(guests.from, pages[4] * guests.src.page_size);
 
@@ -346,20 +334,11 @@ static void test_dump(const void *opaque)
 
 static void measure_dirty_rate(SparseGuests *guests)
 {
-    QDict *rsp = NULL;
-
     qtest_qmp_assert_success(guests->from, "{ 'execute': 'calc-dirty-rate',"
                              "'arguments': { 'calc-time': 100,"
                              "'calc-time-unit': 'millisecond',"
                              "'sample-pages': 4096 } }");
-    do {
-        g_usleep(10 * 1000);
-        qobject_unref(rsp);
-        rsp = qtest_qmp_assert_success_ref(guests->from,
-                                           "{ 'execute': 'query-dirty-rate' }");
-    } while (!g_str_equal(qdict_get_str(rsp, "status"), "measured"));
-    g_assert_cmpint(qdict_get_int(rsp, "dirty-rate"), ==, 0);
-    qobject_unref(rsp);
+    lab_wait_for_dirty_rate(guests->from);
 }
 
 static const SparseRow rate_rows[] = {
@@ -693,24 +672,13 @@ static void test_snapshot_mapped_ram(const void *opaque)
 
 void lab_add_readers(void)
 {
-    int i;
-
-    for (i = 0; i < ARRAY_SIZE(dump_cases); i++) {
-        g_autofree char *name = g_strdup_printf("modes/%s", dump_cases[i].name);
-
-        lab_add_test(name, &dump_cases[i], test_dump);
-    }
+    LAB_ADD_CASES("modes/", dump_cases, test_dump);
     sparse_add_rows(rate_rows, ARRAY_SIZE(rate_rows));
     lab_add_test("modes/snapshot/write", NULL, test_snapshot_write);
     lab_add_test("modes/other-process/precopy", &sparse_precopy,
                  test_other_process);
     lab_add_test("modes/other-process/multifd", &sparse_multifd,
                  test_other_process);
-    for (i = 0; i < ARRAY_SIZE(snapshot_cases); i++) {
-        g_autofree char *name = g_strdup_printf("loadvm/%s",
-                                                snapshot_cases[i].name);
-
-        lab_add_test(name, &snapshot_cases[i], test_snapshot);
-    }
+    LAB_ADD_CASES("loadvm/", snapshot_cases, test_snapshot);
     lab_add_test("loadvm/mapped-ram", NULL, test_snapshot_mapped_ram);
 }

@@ -69,21 +69,10 @@ static const SparseWay zstd = {
     .name = "multifd-zstd", MULTIFD,
     .parameters = { "multifd-compression zstd" },
 };
-static const SparseWay postcopy_multifd = {
-    .name = "multifd", POSTCOPY, .capabilities = { "postcopy-ram", "multifd" },
-};
-static const SparseWay postcopy_multifd_preempt = {
-    .name = "multifd-preempt", POSTCOPY,
-    .capabilities = { "postcopy-ram", "postcopy-preempt", "multifd" },
-};
 static const SparseWay postcopy_multifd_legacy = {
     .name = "multifd-legacy", POSTCOPY,
     .capabilities = { "postcopy-ram", "multifd" },
     .parameters = { "zero-page-detection legacy" },
-};
-static const SparseWay postcopy_release = {
-    .name = "release-ram", POSTCOPY,
-    .capabilities = { "postcopy-ram", "release-ram" },
 };
 static const SparseWay postcopy_preempt_release = {
     .name = "preempt-release-ram", POSTCOPY,
@@ -425,20 +414,20 @@ static const SparseRow rows[] = {
         .patterns = { &sparse_empty }, .ways = { &sparse_postcopy },
     }, {
         .name = "modes/postcopy/%w-idle",
-        .patterns = { &sparse_empty }, .ways = { &postcopy_multifd },
+        .patterns = { &sparse_empty }, .ways = { &lab_postcopy_multifd },
     }, {
         .name = "modes/postcopy/%w",
-        .ways = { &postcopy_multifd_preempt, &postcopy_multifd_legacy },
+        .ways = { &lab_postcopy_multifd_preempt, &postcopy_multifd_legacy },
     }, {
         .name = "modes/postcopy/%w",
-        .ways = { &postcopy_release, &postcopy_preempt_release },
+        .ways = { &lab_postcopy_release, &postcopy_preempt_release },
         .expect.src = SPARSE_RELEASED,
     }, {
         .name = "modes/postcopy/shm-file-offset",
         .backend = &lab_shm_file_offset, .ways = { &sparse_postcopy },
     }, {
         .name = "modes/postcopy/%w-hugetlb", .backend = &sparse_hugetlb,
-        .ways = { &postcopy_multifd }, .expect.dst = SPARSE_ANY,
+        .ways = { &lab_postcopy_multifd }, .expect.dst = SPARSE_ANY,
     },
 
     /* Zero pages stay out of a file */
@@ -468,15 +457,15 @@ static const SparseRow rows[] = {
      * in the file, but not in the page tables of QEMU.
      */
     {
-        .name = "modes/%w/idle",
+        .name = "modes/snapshot/idle",
         .patterns = { &sparse_empty }, .ways = { &lab_snapshot },
         .expect.sparse_file = true,
     }, {
-        .name = "modes/%w/shm-file-offset", .backend = &lab_shm_file_offset,
-        .ways = { &lab_snapshot },
+        .name = "modes/snapshot/shm-file-offset",
+        .backend = &lab_shm_file_offset, .ways = { &lab_snapshot },
         .prepare = map_populated_pages, .expect.sparse_file = true,
     }, {
-        .name = "modes/%w/hugetlb", .backend = &sparse_hugetlb,
+        .name = "modes/snapshot/hugetlb", .backend = &sparse_hugetlb,
         .ways = { &lab_snapshot },
         .prepare = map_populated_pages, .expect.sparse_file = true,
     },

@@ -96,15 +96,22 @@ uint64_t lab_private_bytes(const GuestRam *ram)
            (ram->file_fd < 0 ? 0 : guest_ram_file_bytes(ram->file_fd));
 }
 
-void lab_make_private_stale(SparseGuests *guests)
+GuestRam lab_file_of_private(const GuestRam *ram)
 {
-    const GuestRam *ram = &guests->dst;
-    g_autofree void *ones = g_malloc(ram->page_size);
     GuestRam file = *ram;
-    uint64_t page;
 
     file.fd = ram->file_fd;
     file.start = 0;
+    return file;
+}
+
+void lab_make_private_stale(SparseGuests *guests)
+{
+    const GuestRam *ram = &guests->dst;
+    const GuestRam file = lab_file_of_private(ram);
+    g_autofree void *ones = g_malloc(ram->page_size);
+    uint64_t page;
+
     guest_ram_make_stale(&file);
     memset(ones, 0xff, ram->page_size);
     for (page = 0; page < ram->pages; page += 3) {
@@ -244,12 +251,27 @@ const SparseWay lab_mapped_ram_none = {
     .parameters = { "zero-page-detection none" },
 };
 
-const SparseWay lab_snapshot = { .name = "snapshot", SPARSE_SNAPSHOT };
+const SparseWay lab_snapshot = {
+    .name = "background-snapshot", SPARSE_SNAPSHOT,
+};
 
-const SparseWay lab_preempt = {
-    .name = "preempt",
-    .transport = SPARSE_POSTCOPY,
-    .capabilities = { "postcopy-ram", "postcopy-preempt" },
+#define POSTCOPY(...) .transport = SPARSE_POSTCOPY, \
+    .capabilities = { "postcopy-ram", __VA_ARGS__ }
+
+const SparseWay lab_postcopy_preempt = {
+    .name = "preempt", POSTCOPY("postcopy-preempt"),
+};
+
+const SparseWay lab_postcopy_release = {
+    .name = "release-ram", POSTCOPY("release-ram"),
+};
+
+const SparseWay lab_postcopy_multifd = {
+    .name = "multifd", POSTCOPY("multifd"),
+};
+
+const SparseWay lab_postcopy_multifd_preempt = {
+    .name = "multifd-preempt", POSTCOPY("multifd", "postcopy-preempt"),
 };
 
 /* Waiting and looking */
@@ -279,6 +301,33 @@ void lab_wait_for_status(QTestState *who, const char *goal)
         g_assert_cmpint(g_get_monotonic_time() - start, <, LAB_TIMEOUT);
         g_usleep(10000);
     }
+}
+
+void lab_pause_channel(SparseGuests *guests)
+{
+    migrate_pause(guests->from);
+    lab_wait_for_status(guests->to, "postcopy-paused");
+    lab_wait_for_status(guests->from, "postcopy-paused");
+}
+
+void lab_recover_channel(SparseGuests *guests)
+{
+    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket-recover",
+                                           sparse_env->tmpfs);
+
+    migrate_recover(guests->to, uri);
+    migrate_qmp(guests->from, guests->to, uri, NULL, "{'resume': true}");
+    lab_wait_for_status(guests->to, "postcopy-active");
+}
+
+uint64_t lab_last_of_kind(const SparseGuests *guests, PageKind kind,
+                          uint64_t before)
+{
+    do {
+        g_assert_cmpuint(before, >, 0);
+        before--;
+    } while (guests->kinds[before] != kind);
+    return before;
 }
 
 void lab_wait_for_devices(QTestState *to)
@@ -312,6 +361,23 @@ bool lab_wait_for_dump(QTestState *who, int64_t timeout)
         g_usleep(1000);
     } while (active && g_get_monotonic_time() - start < timeout);
     return !active;
+}
+
+void lab_wait_for_dirty_rate(QTestState *who)
+{
+    bool measured;
+
+    do {
+        QDict *rsp = qtest_qmp_assert_success_ref(
+            who, "{ 'execute': 'query-dirty-rate' }");
+
+        measured = g_str_equal(qdict_get_str(rsp, "status"), "measured");
+        if (measured) {
+            g_assert_cmpint(qdict_get_int(rsp, "dirty-rate"), ==, 0);
+        }
+        qobject_unref(rsp);
+        g_usleep(10 * 1000);
+    } while (!measured);
 }
 
 void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
@@ -359,4 +425,16 @@ void lab_add_test(const char *name, const void *data,
     g_autofree char *path = g_strdup_printf("/migration/sparse/%s", name);
 
     qtest_add_data_func(path, data, test);
+}
+
+void lab_add_cases(const char *prefix, const void *cases, size_t n,
+                   size_t size, void (*test)(const void *))
+{
+    for (size_t i = 0; i < n; i++) {
+        const void *c = cases + i * size;
+        g_autofree char *name = g_strconcat(prefix, *(const char *const *)c,
+                                            NULL);
+
+        lab_add_test(name, c, test);
+    }
 }

@@ -27,6 +27,8 @@ extern const SparseBackend
 /* Open what a process has of its own; what is allocated there */
 void lab_open_private(GuestRam *ram, QTestState *who);
 uint64_t lab_private_bytes(const GuestRam *ram);
+/* The file behind it */
+GuestRam lab_file_of_private(const GuestRam *ram);
 /* Old data in the file of the destination, and in copies of its own */
 void lab_make_private_stale(SparseGuests *guests);
 
@@ -35,7 +37,9 @@ extern const SparsePattern lab_alternate, lab_dense, lab_runs, lab_ends,
 
 extern const SparseWay lab_multifd_legacy, lab_xbzrle, lab_file,
                        lab_mapped_ram_multifd, lab_mapped_ram_direct,
-                       lab_mapped_ram_none, lab_snapshot, lab_preempt;
+                       lab_mapped_ram_none, lab_snapshot, lab_postcopy_preempt,
+                       lab_postcopy_release, lab_postcopy_multifd,
+                       lab_postcopy_multifd_preempt;
 
 #define ALL_PRECOPY \
     { &sparse_precopy, &sparse_multifd, &lab_multifd_legacy, &lab_xbzrle }
@@ -49,11 +53,22 @@ unsigned lab_count_lines(const char *log, const char *text, const char *more);
 /* Wait for query-migrate's status; unlike the framework, only so long */
 void lab_wait_for_status(QTestState *who, const char *goal);
 
+/* Break the channel of postcopy; resume with another one */
+void lab_pause_channel(SparseGuests *guests);
+void lab_recover_channel(SparseGuests *guests);
+
+/* The last page of a kind before @before */
+uint64_t lab_last_of_kind(const SparseGuests *guests, PageKind kind,
+                          uint64_t before);
+
 /* As long as devices are being loaded, QEMU ends if anything is wrong */
 void lab_wait_for_devices(QTestState *to);
 
 /* Wait for a dump to end, but no longer than @timeout us; whether it has */
 bool lab_wait_for_dump(QTestState *who, int64_t timeout);
+
+/* Wait for a dirty rate, which has to be 0 */
+void lab_wait_for_dirty_rate(QTestState *who);
 
 /* Compare what an ELF dump has of the RAM of a PC with the pattern */
 void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
@@ -61,6 +76,11 @@ void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
 
 void lab_add_test(const char *name, const void *data,
                   void (*test)(const void *));
+/* Add one for each of @n cases of @size bytes, whose first member is a name */
+void lab_add_cases(const char *prefix, const void *cases, size_t n,
+                   size_t size, void (*test)(const void *));
+#define LAB_ADD_CASES(prefix, cases, test) \
+    lab_add_cases(prefix, cases, ARRAY_SIZE(cases), sizeof((cases)[0]), test)
 
 /* From sparse-writer.S: the end of a ROM, with the processor's entry point */
 extern const uint8_t sparse_writer[], sparse_writer_end[];

@@ -130,7 +130,7 @@ typedef struct SparseRow {
     uint64_t size;
     /* If there is none: sparse_mixed, sparse_precopy */
     const SparsePattern *patterns[8];
-    const SparseWay *ways[9];
+    const SparseWay *ways[10];
     /* More options of QEMU, and of the destination's -object */
     const char *opts;
     const char *src_opts;
