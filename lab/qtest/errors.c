@@ -83,14 +83,11 @@ static int limited_file(const char *type, MountOption options[MAX_OPTIONS])
     return fd;
 }
 
-/* How many pages there are for the next file, and no more */
-static uint64_t limit;
-
-static int limited_tmpfs(void)
+static int limited_tmpfs(uint64_t pages)
 {
     MountOption options[MAX_OPTIONS] = {
         { "size", g_strdup_printf("%" PRIu64,
-                                  limit * qemu_real_host_page_size()) },
+                                  pages * qemu_real_host_page_size()) },
         { "huge", g_strdup("never") },
     };
 
@@ -98,30 +95,16 @@ static int limited_tmpfs(void)
 }
 
 /* All of the pages are set aside for it, whoever else takes huge pages */
-static int limited_hugetlbfs(void)
+static int limited_hugetlbfs(uint64_t pages)
 {
     MountOption options[MAX_OPTIONS] = {
         { "pagesize", g_strdup("2M") },
-        { "size", g_strdup_printf("%" PRIu64, limit * HUGETLB_PAGE_SIZE) },
-        { "min_size", g_strdup_printf("%" PRIu64, limit * HUGETLB_PAGE_SIZE) },
+        { "size", g_strdup_printf("%" PRIu64, pages * HUGETLB_PAGE_SIZE) },
+        { "min_size", g_strdup_printf("%" PRIu64, pages * HUGETLB_PAGE_SIZE) },
     };
 
     return limited_file("hugetlbfs", options);
 }
-
-static const SparseBackend tmpfs = {
-    .object = "memory-backend-file,share=on",
-    .open_file = limited_tmpfs,
-};
-
-#define HUGETLB(opts) { \
-    .object = "memory-backend-file,share=on" opts, \
-    .open_file = limited_hugetlbfs, \
-    .size = HUGETLB_RAM_SIZE, \
-    .page_size = HUGETLB_PAGE_SIZE, \
-}
-static const SparseBackend hugetlb_reserved = HUGETLB(",reserve=on");
-static const SparseBackend hugetlb_unreserved = HUGETLB(",reserve=off");
 
 /* The pages that are neither allocated nor, with hugetlbfs, reserved */
 static uint64_t free_pages(const GuestRam *ram)
@@ -132,48 +115,44 @@ static uint64_t free_pages(const GuestRam *ram)
     return st.f_bfree;
 }
 
-/*
- * On one side there is space for what is populated, or will be, and not for a
- * page more.
- */
-static void tmpfs_full(const SparseWay *way, bool source)
+/* Small pages: space for what is populated, or will be, and not a page more */
+
+static uint64_t mixed_pages(PageKind kind)
 {
-    const SparseRow row = {
-        .backend = source ? &sparse_memfd : &tmpfs,
-        .src_backend = source ? &tmpfs : &sparse_memfd,
-    };
-    uint64_t page_size = qemu_real_host_page_size();
-    uint64_t pages = PATTERN_SIZE / page_size;
+    uint64_t pages = PATTERN_SIZE / qemu_real_host_page_size();
     g_autofree uint8_t *kinds = sparse_pattern_new(&sparse_mixed, pages);
-    uint64_t data_pages = sparse_count(kinds, pages, PAGE_DATA);
-    uint64_t zero_pages = sparse_count(kinds, pages, PAGE_ZERO);
-    SparseGuests guests;
-    GuestRam *limited = source ? &guests.src : &guests.dst;
 
-    limit = data_pages + (source ? zero_pages : 0);
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    if (sparse_set_way(&guests, way)) {
-        g_assert_cmpuint(free_pages(limited), ==, limit);
-        sparse_prepare(&guests, &sparse_mixed);
-        sparse_migrate(&guests, NULL);
-        g_assert_cmpuint(free_pages(limited), ==, 0);
-        sparse_check(&guests);
-        g_assert_cmpuint(guest_ram_allocated_bytes(&guests.dst), ==,
-                         data_pages * page_size);
-    }
-    sparse_end(&guests);
+    return sparse_count(kinds, pages, kind);
 }
 
-static void test_tmpfs_full_source(const void *opaque)
+static int tmpfs_for_populated(void)
 {
-    tmpfs_full(opaque, true);
+    return limited_tmpfs(mixed_pages(PAGE_DATA) + mixed_pages(PAGE_ZERO));
 }
 
-static void test_tmpfs_full_destination(const void *opaque)
+static int tmpfs_for_data(void)
 {
-    tmpfs_full(opaque, false);
+    return limited_tmpfs(mixed_pages(PAGE_DATA));
+}
+
+static const SparseBackend tmpfs_source = {
+    .object = "memory-backend-file,share=on",
+    .open_file = tmpfs_for_populated,
+};
+
+static const SparseBackend tmpfs_destination = {
+    .object = "memory-backend-file,share=on",
+    .open_file = tmpfs_for_data,
+};
+
+static void check_tmpfs_full(SparseGuests *guests)
+{
+    const GuestRam *limited = guests->row->src_backend == &tmpfs_source
+                              ? &guests->src : &guests->dst;
+
+    g_assert_cmpuint(free_pages(limited), ==, 0);
+    g_assert_cmpuint(guest_ram_allocated_bytes(&guests->dst), ==,
+                     mixed_pages(PAGE_DATA) * guests->dst.page_size);
 }
 
 /* Huge pages */
@@ -238,87 +217,86 @@ static void check_huge_pages(const GuestRam *ram)
     }
 }
 
-/* There are @pages huge pages for each side, and no more */
-static bool hugetlb_start(SparseGuests *guests, const SparseRow *row,
-                          const SparseWay *way, unsigned pages)
+static int hugetlbfs_for_data(void)
+{
+    return limited_hugetlbfs(hugetlb_data_pages());
+}
+
+static int hugetlbfs_for_all(void)
+{
+    return limited_hugetlbfs(HUGETLB_RAM_SIZE / HUGETLB_PAGE_SIZE);
+}
+
+static const char *lock_huge_pages(void)
 {
     sparse_lock_huge_pages();
-    limit = pages;
-    if (!sparse_start(guests, row)) {
-        return false;
-    }
-    if (!sparse_set_way(guests, way)) {
-        sparse_end(guests);
-        return false;
-    }
-    return true;
+    return NULL;
 }
+
+#define HUGETLB(reserve) \
+    .object = "memory-backend-file,share=on,reserve=" reserve, \
+    .size = HUGETLB_RAM_SIZE, .page_size = HUGETLB_PAGE_SIZE, \
+    .skip_reason = lock_huge_pages
+
+static const SparseBackend hugetlb_unreserved = {
+    HUGETLB("off"), .open_file = hugetlbfs_for_data,
+};
+
+static const SparseBackend hugetlb_reserved = {
+    HUGETLB("on"), .open_file = hugetlbfs_for_all,
+};
 
 /*
  * Nothing is reserved, and there is not one huge page more than those with
  * data.  On the destination they are populated, and full of old data.
  */
-static void test_hugetlb_full(const void *opaque)
+static void fill_both(SparseGuests *guests)
 {
-    static const SparseRow row = { .backend = &hugetlb_unreserved };
-    const SparseWay *way = opaque;
-    unsigned pages = hugetlb_data_pages();
-    SparseGuests guests;
+    fill_huge_pages(&guests->src, false);
+    fill_huge_pages(&guests->dst, true);
+    g_assert_cmpuint(free_pages(&guests->src), ==, 0);
+    g_assert_cmpuint(free_pages(&guests->dst), ==, 0);
+    g_clear_pointer(&guests->kinds, g_free);
+}
 
-    if (!hugetlb_start(&guests, &row, way, pages)) {
-        return;
-    }
-    fill_huge_pages(&guests.src, false);
-    fill_huge_pages(&guests.dst, true);
-    g_assert_cmpuint(free_pages(&guests.src), ==, 0);
-    g_assert_cmpuint(free_pages(&guests.dst), ==, 0);
+static void check_hugetlb_full(SparseGuests *guests)
+{
+    uint64_t bytes = hugetlb_data_pages() * HUGETLB_PAGE_SIZE;
 
-    sparse_migrate(&guests, NULL);
-
-    check_huge_pages(&guests.src);
-    check_huge_pages(&guests.dst);
-    g_assert_cmpuint(guest_ram_allocated_bytes(&guests.src), ==,
-                     pages * HUGETLB_PAGE_SIZE);
-    g_assert_cmpuint(guest_ram_allocated_bytes(&guests.dst), ==,
-                     pages * HUGETLB_PAGE_SIZE);
-    sparse_end(&guests);
+    check_huge_pages(&guests->src);
+    check_huge_pages(&guests->dst);
+    g_assert_cmpuint(guest_ram_allocated_bytes(&guests->src), ==, bytes);
+    g_assert_cmpuint(guest_ram_allocated_bytes(&guests->dst), ==, bytes);
 }
 
 /*
  * All huge pages are reserved for the guest.  They still are when zero pages
  * have arrived: nobody else gets one, and the guest can write to all its RAM.
+ * The other way round: there is nothing on the source.
  */
-static void test_hugetlb_reserved(const void *opaque)
+static void fill_destination(SparseGuests *guests)
 {
-    static const SparseRow row = { .backend = &hugetlb_reserved };
-    const SparseWay *way = opaque;
-    unsigned pages = HUGETLB_RAM_SIZE / HUGETLB_PAGE_SIZE;
+    fill_huge_pages(&guests->dst, true);
+    g_assert_cmpuint(free_pages(&guests->dst), ==, 0);
+}
+
+static void check_hugetlb_reserved(SparseGuests *guests)
+{
     uint64_t stale_bytes = hugetlb_data_pages() * HUGETLB_PAGE_SIZE;
-    SparseGuests guests;
     uint64_t offset;
 
-    if (!hugetlb_start(&guests, &row, way, pages)) {
-        return;
-    }
-    /* The other way round: there is nothing on the source */
-    fill_huge_pages(&guests.dst, true);
-    g_assert_cmpuint(free_pages(&guests.dst), ==, 0);
-
-    sparse_migrate(&guests, NULL);
-
-    g_assert_cmpuint(guest_ram_allocated_bytes(&guests.src), ==, 0);
+    g_assert_cmpuint(guest_ram_allocated_bytes(&guests->src), ==, 0);
     /* Postcopy punches everything before it starts, and reserves it again */
-    g_assert_cmpuint(guest_ram_allocated_bytes(&guests.dst), ==,
-                     way->transport == SPARSE_POSTCOPY ? 0 : stale_bytes);
-    g_assert_cmpuint(free_pages(&guests.dst), ==, 0);
+    g_assert_cmpuint(guest_ram_allocated_bytes(&guests->dst), ==,
+                     guests->way == &sparse_postcopy ? 0 : stale_bytes);
+    g_assert_cmpuint(free_pages(&guests->dst), ==, 0);
     for (offset = 0; offset < HUGETLB_RAM_SIZE; offset += HUGETLB_PAGE_SIZE) {
         /* 1 MiB into each, so as not to hit what is no RAM on a PC */
-        g_assert_cmpuint(qtest_readl(guests.to, offset + MiB), ==, 0);
-        qtest_writel(guests.to, offset + MiB, 1);
+        g_assert_cmpuint(qtest_readl(guests->to, offset + MiB), ==, 0);
+        qtest_writel(guests->to, offset + MiB, 1);
     }
-    g_assert_cmpuint(guest_ram_allocated_bytes(&guests.dst), ==,
+    g_assert_cmpuint(guest_ram_allocated_bytes(&guests->dst), ==,
                      HUGETLB_RAM_SIZE);
-    sparse_end(&guests);
 }
 
 /*
@@ -338,43 +316,25 @@ static const SparseBackend template = {
     .bytes = lab_private_bytes,
 };
 
-static void check_template(const GuestRam *ram)
+static void fill_template(SparseGuests *guests)
 {
-    g_autofree uint8_t *buf = g_malloc(ram->page_size);
+    const GuestRam file = lab_file_of_private(&guests->dst);
+
+    guest_ram_make_stale(&file);
+}
+
+static void check_template(SparseGuests *guests)
+{
+    const GuestRam file = lab_file_of_private(&guests->dst);
+    g_autofree uint8_t *buf = g_malloc(file.page_size);
     uint64_t page;
 
     /* See guest_ram_make_stale() */
-    for (page = 0; page < ram->pages; page++) {
-        guest_ram_read_page(ram, page, buf);
+    for (page = 0; page < file.pages; page++) {
+        guest_ram_read_page(&file, page, buf);
         g_assert_true(buf[0] == (page % 11 < 7 ? 0xff : 0) &&
-                      buf[ram->page_size - 1] == buf[0]);
+                      buf[file.page_size - 1] == buf[0]);
     }
-}
-
-static void test_template(const void *opaque)
-{
-    static const SparseRow row = {
-        .backend = &template,
-        .src_backend = &sparse_memfd,
-        .expect.dst = SPARSE_ANY,
-    };
-    SparseGuests guests;
-    GuestRam file;
-
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    if (sparse_set_way(&guests, opaque)) {
-        file = guests.dst;
-        file.fd = guests.dst.file_fd;
-        file.start = 0;
-        guest_ram_make_stale(&file);
-        sparse_prepare(&guests, &sparse_mixed);
-        sparse_migrate(&guests, NULL);
-        sparse_check(&guests);
-        check_template(&file);
-    }
-    sparse_end(&guests);
 }
 
 /*
@@ -413,39 +373,52 @@ static void test_readonly_nvdimm(const void *opaque)
     close(dst);
 }
 
-typedef struct ErrorTest {
-    /* Path below /migration/sparse/error */
-    const char *name;
-    void (*test)(const void *opaque);
-    /* Postcopy starts with punching everything, which a read-only fd forbids */
-    bool read_only;
-} ErrorTest;
+/* Postcopy starts with punching everything, which a read-only fd forbids */
+#define READ_ONLY_WAYS \
+    { &sparse_precopy, &sparse_runs, &sparse_multifd, &sparse_mapped_ram }
+#define WAYS \
+    { &sparse_precopy, &sparse_runs, &sparse_multifd, &sparse_mapped_ram, \
+      &sparse_postcopy }
 
-static const ErrorTest error_tests[] = {
-    { "tmpfs-full-source", test_tmpfs_full_source },
-    { "tmpfs-full-destination", test_tmpfs_full_destination },
-    { "hugetlb-full", test_hugetlb_full },
-    { "hugetlb-reserved", test_hugetlb_reserved },
-    { "template", test_template, true },
-    { "readonly-nvdimm", test_readonly_nvdimm, true },
+static const SparseRow rows[] = {
+    {
+        .name = "error/tmpfs-full-source/%w", .ways = WAYS,
+        .backend = &sparse_memfd, .src_backend = &tmpfs_source,
+        .check = check_tmpfs_full,
+    }, {
+        .name = "error/tmpfs-full-destination/%w", .ways = WAYS,
+        .backend = &tmpfs_destination, .src_backend = &sparse_memfd,
+        .check = check_tmpfs_full,
+    }, {
+        .name = "error/hugetlb-full/%w", .ways = WAYS,
+        .backend = &hugetlb_unreserved,
+        .patterns = { &sparse_empty }, .prepare = fill_both,
+        .expect = { .dst = SPARSE_ANY, .holes = HOLES_ANY },
+        .check = check_hugetlb_full,
+    }, {
+        .name = "error/hugetlb-reserved/%w", .ways = WAYS,
+        .backend = &hugetlb_reserved,
+        .patterns = { &sparse_empty }, .prepare = fill_destination,
+        .expect = { .dst = SPARSE_ANY, .holes = HOLES_ANY },
+        .check = check_hugetlb_reserved,
+    }, {
+        .name = "error/template/%w", .ways = READ_ONLY_WAYS,
+        .backend = &template, .src_backend = &sparse_memfd,
+        .prepare = fill_template, .expect.dst = SPARSE_ANY,
+        .check = check_template,
+    },
 };
 
 void lab_add_errors(void)
 {
-    static const SparseWay *const ways[] = {
-        &sparse_precopy, &sparse_runs, &sparse_multifd, &sparse_mapped_ram,
-        &sparse_postcopy,
-    };
-    int i, j;
+    static const SparseWay *const ways[] = READ_ONLY_WAYS;
+    int i;
 
-    for (i = 0; i < ARRAY_SIZE(error_tests); i++) {
-        for (j = 0; j < ARRAY_SIZE(ways); j++) {
-            g_autofree char *name = g_strdup_printf(
-                "error/%s/%s", error_tests[i].name, ways[j]->name);
+    sparse_add_rows(rows, ARRAY_SIZE(rows));
+    for (i = 0; i < ARRAY_SIZE(ways); i++) {
+        g_autofree char *name = g_strdup_printf("error/readonly-nvdimm/%s",
+                                                ways[i]->name);
 
-            if (ways[j] != &sparse_postcopy || !error_tests[i].read_only) {
-                lab_add_test(name, ways[j], error_tests[i].test);
-            }
-        }
+        lab_add_test(name, ways[i], test_readonly_nvdimm);
     }
 }
