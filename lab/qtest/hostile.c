@@ -12,15 +12,12 @@
 
 #include "qemu/osdep.h"
 
-#include <sys/socket.h>
-#include <sys/un.h>
-
 #include "libqtest.h"
 #include "migration/migration-qmp.h"
 #include "migration/migration-util.h"
+#include "qapi/error.h"
 #include "qemu/bswap.h"
-#include "qemu/units.h"
-#include "qobject/qdict.h"
+#include "qemu/sockets.h"
 #include "sparse-lab.h"
 
 #define PAGE_SIZE (4 * KiB)
@@ -200,12 +197,16 @@ static const HostileCase hostile_cases[] = {
     },
 };
 
+/* The lowest @bytes bytes of @value */
+static void put_be(GByteArray *stream, uint64_t value, size_t bytes)
+{
+    value = cpu_to_be64(value);
+    g_byte_array_append(stream, (uint8_t *)(&value + 1) - bytes, bytes);
+}
+
 static void put_be64(GByteArray *stream, uint64_t value)
 {
-    uint8_t bytes[8];
-
-    stq_be_p(bytes, value);
-    g_byte_array_append(stream, bytes, sizeof(bytes));
+    put_be(stream, value, 8);
 }
 
 static void put_byte(GByteArray *stream, uint8_t value)
@@ -305,14 +306,22 @@ static void put_hostile(GByteArray *stream, const HostileCase *c)
         put_run(stream, i ? NULL : BACKEND_ID, i * PAGE_SIZE, 0, 0);
     }
     start = stream->len;
-    put_run(stream,
-            c->no_name ? NULL : c->block ? c->block : BACKEND_ID,
+    put_run(stream, c->no_name ? NULL : c->block ?: BACKEND_ID,
             c->offset, c->value, c->npages);
     if (c->length) {
         g_byte_array_set_size(stream, start + c->length);
     } else {
         put_be64(stream, RAM_FLAG_EOS);
     }
+}
+
+/* The destination has complained of it */
+static void check_message(SparseGuests *guests, const HostileCase *c)
+{
+    g_autofree char *text = sparse_log(guests);
+
+    g_test_message("stderr: %s", text);
+    g_assert(strstr(text, c->message));
 }
 
 static void test_hostile(const void *opaque)
@@ -322,7 +331,6 @@ static void test_hostile(const void *opaque)
         .backend = c->backend, .size = RAM_SIZE, .log = true,
     };
     g_autofree char *uri = NULL;
-    g_autofree char *text = NULL;
     g_autofree uint8_t *kinds = NULL;
     g_autoptr(GByteArray) stream = NULL;
     g_autoptr(GByteArray) section = NULL;
@@ -356,9 +364,7 @@ static void test_hostile(const void *opaque)
     migrate_incoming_qmp(guests.to, uri, NULL, "{}");
     qtest_wait_qemu(guests.to);
 
-    text = sparse_log(&guests);
-    g_test_message("stderr: %s", text);
-    g_assert(strstr(text, c->message));
+    check_message(&guests, c);
     cleared = c->after_run ? guests.dst.pages : c->zero_pages;
     memset(kinds, PAGE_HOLE, cleared);
     guest_ram_check_pattern(&guests.dst, kinds);
@@ -378,17 +384,7 @@ static void test_hostile(const void *opaque)
 #define PRECOPY_PAGE 3
 #define POSTCOPY_PAGE 7
 
-typedef struct PostcopyCase {
-    const char *name;
-    uint64_t offset;
-    const char *block;
-    uint8_t value;
-    uint64_t npages;
-    /* What the destination says */
-    const char *message;
-} PostcopyCase;
-
-static const PostcopyCase postcopy_cases[] = {
+static const HostileCase postcopy_cases[] = {
     {
         /* What has been received is not taken back */
         .name = "over-data",
@@ -429,35 +425,22 @@ static const PostcopyCase postcopy_cases[] = {
     },
 };
 
-static void put_be16(GByteArray *stream, uint16_t value)
-{
-    uint8_t bytes[2];
-
-    stw_be_p(bytes, value);
-    g_byte_array_append(stream, bytes, sizeof(bytes));
-}
-
-static void put_be32(GByteArray *stream, uint32_t value)
-{
-    uint8_t bytes[4];
-
-    stl_be_p(bytes, value);
-    g_byte_array_append(stream, bytes, sizeof(bytes));
-}
-
 /* A command, without what belongs to it */
 static void put_command(GByteArray *stream, uint16_t command, uint16_t length)
 {
     put_byte(stream, VM_COMMAND);
-    put_be16(stream, command);
-    put_be16(stream, length);
+    put_be(stream, command, 2);
+    put_be(stream, length, 2);
 }
 
-static void put_data(GByteArray *stream, uint64_t page, const void *data)
+static void put_data(GByteArray *stream, const uint8_t *kinds, uint64_t page)
 {
+    uint64_t data[PAGE_SIZE / sizeof(uint64_t)];
+
     put_be64(stream, page * PAGE_SIZE | RAM_FLAG_PAGE);
     put_name(stream, BACKEND_ID);
-    g_byte_array_append(stream, data, PAGE_SIZE);
+    sparse_pattern_page(data, kinds, page, PAGE_SIZE);
+    g_byte_array_append(stream, (const uint8_t *)data, PAGE_SIZE);
 }
 
 /* What is dirty on the source; there has to be something */
@@ -480,7 +463,6 @@ static void put_discard(GByteArray *stream, uint64_t page)
 static void put_switchover(GByteArray *stream, const GByteArray *section,
                            const uint8_t *kinds)
 {
-    g_autofree uint64_t *page = g_malloc(PAGE_SIZE);
     g_autoptr(GByteArray) setup = g_byte_array_new();
     g_autoptr(GByteArray) package = g_byte_array_new();
     size_t start = find_ram(stream);
@@ -495,8 +477,7 @@ static void put_switchover(GByteArray *stream, const GByteArray *section,
     put_bytes(stream, setup);
 
     put_bytes(stream, section);
-    sparse_pattern_page(page, kinds, PRECOPY_PAGE, PAGE_SIZE);
-    put_data(stream, PRECOPY_PAGE, page);
+    put_data(stream, kinds, PRECOPY_PAGE);
     put_be64(stream, RAM_FLAG_EOS);
     put_byte(stream, VM_SECTION_FOOTER);
     g_byte_array_append(stream, section->data + 1, 4);
@@ -505,35 +486,8 @@ static void put_switchover(GByteArray *stream, const GByteArray *section,
     put_command(package, VM_CMD_POSTCOPY_LISTEN, 0);
     put_command(package, VM_CMD_POSTCOPY_RUN, 0);
     put_command(stream, VM_CMD_PACKAGED, 4);
-    put_be32(stream, package->len);
+    put_be(stream, package->len, 4);
     put_bytes(stream, package);
-}
-
-/* One page of data, and @c */
-static void put_hostile_postcopy(GByteArray *stream, const GByteArray *section,
-                                 const PostcopyCase *c, const uint8_t *kinds)
-{
-    g_autofree uint64_t *page = g_malloc(PAGE_SIZE);
-
-    put_bytes(stream, section);
-    sparse_pattern_page(page, kinds, POSTCOPY_PAGE, PAGE_SIZE);
-    put_data(stream, POSTCOPY_PAGE, page);
-    put_run(stream, c->block ? c->block : BACKEND_ID, c->offset, c->value,
-            c->npages);
-    put_be64(stream, RAM_FLAG_EOS);
-}
-
-static int connect_to(const char *path)
-{
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-
-    g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(strlen(path), <, sizeof(address.sun_path));
-    strcpy(address.sun_path, path);
-    g_assert_cmpint(connect(fd, (struct sockaddr *)&address, sizeof(address)),
-                    ==, 0);
-    return fd;
 }
 
 static void send_all(int fd, const GByteArray *stream)
@@ -545,11 +499,10 @@ static void send_all(int fd, const GByteArray *stream)
 static void test_hostile_postcopy(const void *opaque)
 {
     static const SparseRow row = { .size = RAM_SIZE, .log = true };
-    const PostcopyCase *c = opaque;
+    const HostileCase *c = opaque;
     const char *ungoals[] = { "completed", "failed", NULL };
     g_autofree char *path = g_strdup_printf("%s/migsocket", sparse_env->tmpfs);
     g_autofree char *uri = g_strdup_printf("unix:%s", path);
-    g_autofree char *text = NULL;
     g_autofree uint8_t *kinds = NULL;
     g_autoptr(GByteArray) stream = NULL;
     g_autoptr(GByteArray) section = NULL;
@@ -568,20 +521,20 @@ static void test_hostile_postcopy(const void *opaque)
     kinds[PRECOPY_PAGE] = kinds[POSTCOPY_PAGE] = PAGE_DATA;
     section = cut_at_pages(stream);
     put_switchover(stream, section, kinds);
-    put_hostile_postcopy(hostile, section, c, kinds);
+    put_bytes(hostile, section);
+    put_data(hostile, kinds, POSTCOPY_PAGE);
+    put_hostile(hostile, c);
 
     migrate_set_capability(guests.to, "postcopy-ram", true);
     migrate_incoming_qmp(guests.to, uri, NULL, "{}");
-    fd = connect_to(path);
+    fd = unix_connect(path, &error_abort);
     send_all(fd, stream);
     lab_wait_for_devices(guests.to);
     send_all(fd, hostile);
 
     /* As if the connection had been lost: the guest may have run */
     wait_for_migration_status(guests.to, "postcopy-paused", ungoals);
-    text = sparse_log(&guests);
-    g_test_message("stderr: %s", text);
-    g_assert(strstr(text, c->message));
+    check_message(&guests, c);
     guest_ram_check_pattern(&guests.dst, kinds);
 
     close(fd);
@@ -590,19 +543,9 @@ static void test_hostile_postcopy(const void *opaque)
 
 void lab_add_hostile(void)
 {
-    size_t i;
-
-    for (i = 0; i < ARRAY_SIZE(hostile_cases); i++) {
-        g_autofree char *name = g_strdup_printf("capability/hostile/%s",
-                                                hostile_cases[i].name);
-
-        lab_add_test(name, &hostile_cases[i], test_hostile);
-    }
-    for (i = 0; sparse_env->has_uffd && i < ARRAY_SIZE(postcopy_cases); i++) {
-        g_autofree char *name =
-            g_strdup_printf("capability/hostile/postcopy/%s",
-                            postcopy_cases[i].name);
-
-        lab_add_test(name, &postcopy_cases[i], test_hostile_postcopy);
+    LAB_ADD_CASES("capability/hostile/", hostile_cases, test_hostile);
+    if (sparse_env->has_uffd) {
+        LAB_ADD_CASES("capability/hostile/postcopy/", postcopy_cases,
+                      test_hostile_postcopy);
     }
 }
