@@ -138,68 +138,51 @@ static void set_up_rewrite(SparseGuests *guests)
 
 #define REWRITE .bandwidth = 32 * MiB, .set_up = set_up_rewrite
 #define TLS .set_up = set_up_tls, .skip_reason = tls_skip_reason
-#define CHANNELS "multifd-channels 16"
+#define RUNS .capabilities = { CAPABILITY }
+#define XBZRLE \
+    .capabilities = { "xbzrle", CAPABILITY }, \
+    .parameters = { "xbzrle-cache-size 33554432" }
+#define MULTIFD(...) \
+    .capabilities = { "multifd", CAPABILITY }, \
+    .parameters = { "multifd-channels 16", __VA_ARGS__ }
+#define LEGACY MULTIFD("zero-page-detection legacy")
+#define POSTCOPY(...) .transport = SPARSE_POSTCOPY, \
+    .capabilities = { "postcopy-ram", CAPABILITY, __VA_ARGS__ }
 
-static const SparseWay xbzrle = {
-    .capabilities = { "xbzrle", CAPABILITY },
-    .parameters = { "xbzrle-cache-size 33554432" },
-};
-static const SparseWay multifd = {
-    .capabilities = { "multifd", CAPABILITY }, .parameters = { CHANNELS },
-};
-static const SparseWay legacy = {
-    .capabilities = { "multifd", CAPABILITY },
-    .parameters = { CHANNELS, "zero-page-detection legacy" },
-};
-static const SparseWay file = {
-    .transport = SPARSE_FILE, .capabilities = { CAPABILITY },
-};
+static const SparseWay precopy = { .name = "precopy", RUNS };
+static const SparseWay xbzrle = { .name = "xbzrle", XBZRLE };
+static const SparseWay multifd = { .name = "multifd", MULTIFD() };
+static const SparseWay legacy = { .name = "multifd-legacy", LEGACY };
+static const SparseWay file = { .name = "file", SPARSE_FILE, RUNS };
 static const SparseWay fd = {
-    .uri = "fd:fd-mig", .capabilities = { CAPABILITY }, .set_up = set_up_fd,
-};
-static const SparseWay tls = { .capabilities = { CAPABILITY }, TLS };
-static const SparseWay tls_multifd = {
-    .capabilities = { "multifd", CAPABILITY }, .parameters = { CHANNELS }, TLS
-};
-static const SparseWay tls_legacy = {
-    .capabilities = { "multifd", CAPABILITY },
-    .parameters = { CHANNELS, "zero-page-detection legacy" }, TLS
+    .name = "fd", .uri = "fd:fd-mig", RUNS, .set_up = set_up_fd,
 };
 static const SparseWay return_path = {
-    .capabilities = { "return-path", CAPABILITY },
+    .name = "return-path", .capabilities = { "return-path", CAPABILITY },
 };
 static const SparseWay validate_uuid = {
-    .capabilities = { "validate-uuid", CAPABILITY },
+    .name = "validate-uuid", .capabilities = { "validate-uuid", CAPABILITY },
 };
 static const SparseWay no_detection = {
-    .capabilities = { CAPABILITY },
+    .name = "no-zero-page-detection", RUNS,
     .parameters = { "zero-page-detection none" },
 };
-static const SparseWay rewrite = { .capabilities = { CAPABILITY }, REWRITE };
-static const SparseWay rewrite_xbzrle = {
-    .capabilities = { "xbzrle", CAPABILITY },
-    .parameters = { "xbzrle-cache-size 33554432" }, REWRITE
-};
+static const SparseWay tls = { .name = "precopy", RUNS, TLS };
+static const SparseWay tls_multifd = { .name = "multifd", MULTIFD(), TLS };
+static const SparseWay tls_legacy = { .name = "multifd-legacy", LEGACY, TLS };
+static const SparseWay rewrite = { .name = "precopy", RUNS, REWRITE };
+static const SparseWay rewrite_xbzrle = { .name = "xbzrle", XBZRLE, REWRITE };
 static const SparseWay rewrite_multifd = {
-    .capabilities = { "multifd", CAPABILITY }, .parameters = { CHANNELS },
-    REWRITE
+    .name = "multifd", MULTIFD(), REWRITE
 };
 static const SparseWay rewrite_legacy = {
-    .capabilities = { "multifd", CAPABILITY },
-    .parameters = { CHANNELS, "zero-page-detection legacy" }, REWRITE
+    .name = "multifd-legacy", LEGACY, REWRITE
 };
-static const SparseWay postcopy = {
-    .transport = SPARSE_POSTCOPY,
-    .capabilities = { "postcopy-ram", CAPABILITY },
-};
+static const SparseWay postcopy = { .name = "at-once", POSTCOPY() };
 static const SparseWay postcopy_preempt = {
-    .transport = SPARSE_POSTCOPY,
-    .capabilities = { "postcopy-ram", "postcopy-preempt", CAPABILITY },
+    .name = "preempt", POSTCOPY("postcopy-preempt"),
 };
-static const SparseWay postcopy_tls = {
-    .transport = SPARSE_POSTCOPY,
-    .capabilities = { "postcopy-ram", CAPABILITY }, TLS
-};
+static const SparseWay postcopy_tls = { .name = "tls", POSTCOPY(), TLS };
 
 /* Hooks */
 
@@ -358,145 +341,111 @@ static void check_tls(SparseGuests *guests)
     remove_tls_key();
 }
 
-#define RUNS .patterns = { &lab_long_holes }, .check = check_statistics
-#define LARGE .size = RUNS_SIZE, RUNS
-#define SMALL .size = SMALL_SIZE, RUNS
-#define ZEROED \
-    .size = ZEROED_SIZE, .patterns = { &lab_zeroed }, .check = check_statistics
+#define LONG_HOLES .patterns = { &lab_long_holes }
+#define LARGE .size = RUNS_SIZE, LONG_HOLES, .check = check_statistics
+#define SMALL .size = SMALL_SIZE, LONG_HOLES
+#define ZEROED .size = ZEROED_SIZE, .patterns = { &lab_zeroed }
 #define REWRITTEN \
     .during = rewrite_during, .expect = { SPARSE_ANY, .holes = HOLES_ANY }
-#define POSTCOPY .size = SMALL_SIZE, .patterns = { &lab_long_holes }
 
 static const SparseRow rows[] = {
-    { .name = "capability/precopy", LARGE, .ways = { &sparse_runs } },
-    { .name = "capability/xbzrle", LARGE, .ways = { &xbzrle } },
     {
+        .name = "capability/%w", LARGE,
+        .ways = { &precopy, &xbzrle, &legacy, &file, &fd, &return_path },
+    }, {
         .name = "capability/multifd/flush-each-section", LARGE,
         .ways = { &multifd }, .opts = FLUSH_SECTION,
     }, {
         .name = "capability/multifd/flush-each-round", LARGE,
         .ways = { &multifd }, .opts = FLUSH_ROUND,
-    },
-    { .name = "capability/multifd/legacy", LARGE, .ways = { &legacy } },
-    { .name = "capability/file", LARGE, .ways = { &file } },
-    { .name = "capability/fd", LARGE, .ways = { &fd } },
-    {
-        .name = "capability/tls/precopy", .size = RUNS_SIZE,
-        .patterns = { &lab_long_holes }, .ways = { &tls }, .check = check_tls,
     }, {
-        .name = "capability/tls/multifd", .size = RUNS_SIZE,
-        .patterns = { &lab_long_holes }, .ways = { &tls_multifd },
-        .check = check_tls,
+        .name = "capability/tls/%w", .size = RUNS_SIZE, LONG_HOLES,
+        .ways = { &tls, &tls_multifd, &tls_legacy }, .check = check_tls,
     }, {
-        .name = "capability/tls/multifd-legacy", .size = RUNS_SIZE,
-        .patterns = { &lab_long_holes }, .ways = { &tls_legacy },
-        .check = check_tls,
-    },
-    { .name = "capability/return-path", LARGE, .ways = { &return_path } },
-    {
-        .name = "capability/validate-uuid", LARGE, .ways = { &validate_uuid },
+        .name = "capability/%w", LARGE, .ways = { &validate_uuid },
         .opts = "-uuid 6f7b0d1c-4f1e-4a55-9d5b-0d6a6b1d1f27",
     }, {
         .name = "capability/destination-only/%w", SMALL,
         .ways = { &sparse_precopy, &sparse_multifd },
-        .prepare = set_destination,
+        .prepare = set_destination, .check = check_statistics,
     },
 #ifdef CONFIG_REPLICATION
     {
         .name = "capability/destination/x-colo", LARGE,
-        .ways = { &sparse_runs }, .prepare = set_destination_colo,
+        .ways = { &precopy }, .prepare = set_destination_colo,
     },
 #endif
     {
-        .name = "capability/machine/pc-q35-2.12/precopy", LARGE,
-        .ways = { &sparse_runs }, .opts = "-machine type=pc-q35-2.12",
+        .name = "capability/machine/pc-q35-2.12/%w", LARGE,
+        .ways = { &precopy }, .opts = "-machine type=pc-q35-2.12",
         .skip_reason = machine_2_12,
     }, {
-        .name = "capability/machine/pc-q35-8.0/precopy", LARGE,
-        .ways = { &sparse_runs }, .opts = "-machine type=pc-q35-8.0",
-        .skip_reason = machine_8_0,
-    }, {
-        .name = "capability/machine/pc-q35-9.0/precopy", LARGE,
-        .ways = { &sparse_runs }, .opts = "-machine type=pc-q35-9.0",
-        .skip_reason = machine_9_0,
-    }, {
         /* Flushes each section, and finds zero pages in the main thread */
-        .name = "capability/machine/pc-q35-8.0/multifd", LARGE,
-        .ways = { &multifd }, .opts = "-machine type=pc-q35-8.0",
+        .name = "capability/machine/pc-q35-8.0/%w", LARGE,
+        .ways = { &precopy, &multifd }, .opts = "-machine type=pc-q35-8.0",
         .skip_reason = machine_8_0,
     }, {
-        .name = "capability/machine/pc-q35-9.0/multifd", LARGE,
-        .ways = { &multifd }, .opts = "-machine type=pc-q35-9.0",
+        .name = "capability/machine/pc-q35-9.0/%w", LARGE,
+        .ways = { &precopy, &multifd }, .opts = "-machine type=pc-q35-9.0",
         .skip_reason = machine_9_0,
     }, {
         .name = "capability/clear-bitmap-shift", LARGE,
-        .ways = { &sparse_runs }, .opts = SMALL_CHUNKS,
+        .ways = { &precopy }, .opts = SMALL_CHUNKS,
     }, {
-        .name = "capability/hugetlb", RUNS, .backend = &sparse_hugetlb,
-        .ways = { &sparse_runs },
+        .name = "capability/hugetlb", .backend = &sparse_hugetlb, LONG_HOLES,
+        .ways = { &precopy }, .check = check_statistics,
     }, {
-        .name = "capability/no-zero-page-detection", SMALL,
+        .name = "capability/%w", SMALL,
         .ways = { &no_detection }, .expect.dst = SPARSE_ANY,
+        .check = check_statistics,
     },
 
-    /* Runs of pages that are no holes, and are read to find out */
-    { .name = "capability/zeroed/precopy", ZEROED, .ways = { &sparse_runs } },
-    { .name = "capability/zeroed/xbzrle", ZEROED, .ways = { &xbzrle } },
-    { .name = "capability/zeroed/multifd-legacy", ZEROED, .ways = { &legacy } },
+    /*
+     * Runs of pages that are no holes, and are read to find out.  With multifd,
+     * the threads find them, and send them in their packets.
+     */
     {
-        /* Found by the threads, and sent in their packets */
-        .name = "capability/zeroed/multifd", ZEROED, .ways = { &multifd },
+        .name = "capability/zeroed/%w", ZEROED,
+        .ways = { &precopy, &xbzrle, &legacy, &multifd },
+        .check = check_statistics,
     }, {
         .name = "capability/zeroed/clear-bitmap-shift", ZEROED,
-        .ways = { &sparse_runs }, .opts = SMALL_CHUNKS,
+        .ways = { &precopy }, .opts = SMALL_CHUNKS, .check = check_statistics,
     },
 
     /* Holes become data and data zero while they are on their way */
     {
-        .name = "capability/rewrite/precopy", .size = RUNS_SIZE, REWRITTEN,
-        .patterns = { &lab_long_holes }, .ways = { &rewrite },
-    }, {
-        .name = "capability/rewrite/xbzrle", .size = RUNS_SIZE, REWRITTEN,
-        .patterns = { &lab_long_holes }, .ways = { &rewrite_xbzrle },
+        .name = "capability/rewrite/%w", .size = RUNS_SIZE, LONG_HOLES,
+        .ways = { &rewrite, &rewrite_xbzrle, &rewrite_legacy }, REWRITTEN,
     }, {
         .name = "capability/rewrite/multifd/flush-each-section",
-        .size = RUNS_SIZE, REWRITTEN, .opts = FLUSH_SECTION,
-        .patterns = { &lab_long_holes }, .ways = { &rewrite_multifd },
+        .size = RUNS_SIZE, LONG_HOLES,
+        .ways = { &rewrite_multifd }, REWRITTEN, .opts = FLUSH_SECTION,
     }, {
         .name = "capability/rewrite/multifd/flush-each-round",
-        .size = RUNS_SIZE, REWRITTEN, .opts = FLUSH_ROUND,
-        .patterns = { &lab_long_holes }, .ways = { &rewrite_multifd },
+        .size = RUNS_SIZE, LONG_HOLES,
+        .ways = { &rewrite_multifd }, REWRITTEN, .opts = FLUSH_ROUND,
     }, {
-        .name = "capability/rewrite/multifd/legacy", .size = RUNS_SIZE,
-        REWRITTEN,
-        .patterns = { &lab_long_holes }, .ways = { &rewrite_legacy },
-    }, {
-        .name = "capability/rewrite/zeroed", .size = ZEROED_SIZE, REWRITTEN,
-        .patterns = { &lab_zeroed }, .ways = { &rewrite },
-    }, {
-        .name = "capability/rewrite/zeroed-xbzrle", .size = ZEROED_SIZE,
-        REWRITTEN,
-        .patterns = { &lab_zeroed }, .ways = { &rewrite_xbzrle },
+        .name = "capability/rewrite/zeroed-%w", ZEROED,
+        .ways = { &rewrite, &rewrite_xbzrle }, REWRITTEN,
     },
 
-    { .name = "capability/postcopy/at-once", POSTCOPY, .ways = { &postcopy } },
     {
-        .name = "capability/postcopy/at-once-preempt", POSTCOPY,
-        .ways = { &postcopy_preempt },
+        .name = "capability/postcopy/%w", SMALL,
+        .ways = { &postcopy, &postcopy_preempt },
     }, {
         .name = "capability/postcopy/hugetlb", .backend = &sparse_hugetlb,
-        .patterns = { &lab_long_holes },
-        .ways = { &postcopy }, .expect.dst = SPARSE_ANY,
+        LONG_HOLES, .ways = { &postcopy }, .expect.dst = SPARSE_ANY,
     }, {
-        .name = "capability/postcopy/tls", POSTCOPY,
+        .name = "capability/postcopy/%w", SMALL,
         .ways = { &postcopy_tls }, .check = check_tls,
     }, {
         /* Another way to connect the preempt channel */
-        .name = "capability/postcopy/machine/pc-q35-7.1/preempt", POSTCOPY,
+        .name = "capability/postcopy/machine/pc-q35-7.1/%w", SMALL,
         .ways = { &postcopy_preempt }, .opts = "-machine type=pc-q35-7.1",
         .skip_reason = machine_7_1,
     }, {
-        .name = "capability/destination-only/postcopy", POSTCOPY,
+        .name = "capability/destination-only/%w", SMALL,
         .ways = { &sparse_postcopy }, .prepare = set_destination,
     },
 };
@@ -787,9 +736,6 @@ static void test_no_effect_set(const void *opaque)
 static void migrate_no_effect(const NoEffectCase *c, bool source,
                               bool destination)
 {
-    static const SparseWay snapshot = {
-        .transport = SPARSE_SNAPSHOT,
-    };
     static const SparseRow row = { .size = SMALL_SIZE };
     SparseGuests guests;
 
@@ -797,7 +743,7 @@ static void migrate_no_effect(const NoEffectCase *c, bool source,
         return;
     }
     if (sparse_set_way(&guests, c->both_sides ? &sparse_mapped_ram
-                                              : &snapshot)) {
+                                              : &lab_snapshot)) {
         sparse_prepare(&guests, &lab_long_holes);
         migrate_set_capability(guests.from, CAPABILITY, source);
         migrate_set_capability(guests.to, CAPABILITY, destination);
