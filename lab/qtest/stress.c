@@ -101,23 +101,44 @@ QEMU_BUILD_BUG_ON(FOCUS_PAGES < PAGES_IN_A_ROW * 3);
 
 #define TIMEOUT (300 * G_USEC_PER_SEC)
 
-typedef enum StressMode {
-    STRESS_PRECOPY,
-    STRESS_XBZRLE,
-    STRESS_MULTIFD,
-    STRESS_MULTIFD_LEGACY,
-    STRESS_RUNS,            /* capability sparse-ram */
-    STRESS_RUNS_MULTIFD,    /* the same, and data through other channels */
-    STRESS__MAX,
-} StressMode;
+#define MULTIFD(...) .parameters = { "multifd-channels 4", __VA_ARGS__ }
+#define LEGACY "zero-page-detection legacy"
+#define POSTCOPY(...) .transport = SPARSE_POSTCOPY, \
+    .capabilities = { "postcopy-ram", "postcopy-blocktime", __VA_ARGS__ }
 
-static const char *const mode_names[STRESS__MAX] = {
-    [STRESS_PRECOPY] = "precopy",
-    [STRESS_XBZRLE] = "xbzrle",
-    [STRESS_MULTIFD] = "multifd",
-    [STRESS_MULTIFD_LEGACY] = "multifd-legacy",
-    [STRESS_RUNS] = "sparse-ram",
-    [STRESS_RUNS_MULTIFD] = "sparse-ram-multifd",
+static const SparseWay xbzrle = {
+    .name = "xbzrle",
+    .capabilities = { "xbzrle" },
+    /* As much as the guest writes to most */
+    .parameters = { "xbzrle-cache-size 67108864" },
+};
+static const SparseWay multifd = {
+    .name = "multifd", .capabilities = { "multifd" }, MULTIFD(),
+};
+static const SparseWay multifd_legacy = {
+    .name = "multifd-legacy", .capabilities = { "multifd" }, MULTIFD(LEGACY),
+};
+static const SparseWay runs = {
+    .name = "sparse-ram", .capabilities = { "sparse-ram" },
+};
+/* The same, and data through other channels */
+static const SparseWay runs_multifd = {
+    .name = "sparse-ram-multifd",
+    .capabilities = { "sparse-ram", "multifd" },
+    .parameters = { LEGACY },
+};
+static const SparseWay postcopy = { .name = "plain", POSTCOPY() };
+static const SparseWay postcopy_preempt = {
+    .name = "preempt", POSTCOPY("postcopy-preempt"),
+};
+static const SparseWay postcopy_multifd = {
+    .name = "multifd", POSTCOPY("multifd"),
+};
+static const SparseWay postcopy_multifd_runs = {
+    .name = "multifd-capability", POSTCOPY("multifd", "sparse-ram"),
+};
+static const SparseWay postcopy_preempt_runs = {
+    .name = "capability", POSTCOPY("sparse-ram", "postcopy-preempt"),
 };
 
 /* How the guest's writes are logged */
@@ -158,8 +179,10 @@ static const char *const variant_names[STRESS_VARIANT__MAX] = {
 };
 
 typedef struct StressTest {
+    /* Path below /migration/sparse/stress */
+    const char *name;
     const StressAccel *accel;
-    StressMode mode;
+    const SparseWay *way;
     StressVariant variant;
     /* x-clear-bitmap-shift */
     unsigned shift;
@@ -169,8 +192,13 @@ typedef struct StressTest {
     unsigned slow_syncs;
     /* How many syncs are waited for after it */
     unsigned fast_syncs;
-    /* There is another block in front of guest RAM */
+    /*
+     * Guest RAM is not the first RAM block, and so not at offset 0 of the dirty
+     * bits of TCG
+     */
     bool second_block;
+    /* The channel of postcopy breaks, and is recovered */
+    bool recover;
 } StressTest;
 
 /* The guest's serial port, and what it has said so far */
@@ -179,6 +207,18 @@ typedef struct Serial {
     gsize beats;
     gsize verified;
 } Serial;
+
+/* A test that runs */
+typedef struct Stress {
+    const StressTest *test;
+    /* Both sides of the guest, which runs */
+    SparseGuests guests;
+    QTestMigrationState src_state;
+    QTestMigrationState dst_state;
+    Serial src_serial;
+    Serial dst_serial;
+    char *firmware;
+} Stress;
 
 static uint64_t writer_base(const StressTest *test)
 {
@@ -193,7 +233,7 @@ static uint64_t writer_pages(const StressTest *test)
 /* With the capability sparse-ram */
 static bool has_runs(const StressTest *test)
 {
-    return test->mode == STRESS_RUNS || test->mode == STRESS_RUNS_MULTIFD;
+    return test->way == &runs || test->way == &runs_multifd;
 }
 
 static void put_parameter(uint8_t *code, unsigned address, uint32_t value)
@@ -259,22 +299,24 @@ static void wait_for_beats(Serial *serial, gsize more)
     }
 }
 
-static QTestState *start_guest(const StressTest *test, const char *env,
-                               const char *firmware, Serial *serial,
+static QTestState *start_guest(const Stress *stress, const char *env,
+                               const GuestRam *ram, const char *serial,
                                QTestMigrationState *state, const char *opts)
 {
+    const StressTest *test = stress->test;
     g_autofree char *machine =
         resolve_machine_version("q35", "QTEST_QEMU_BINARY_SRC",
                                 "QTEST_QEMU_BINARY_DST");
-    const GuestRam ram = { .backend = &sparse_memfd, .size = test->size };
-    g_autofree char *memory = guest_ram_opts(&ram, NULL);
+    g_autofree char *memory = guest_ram_opts(ram, NULL);
     g_autofree char *args = g_strdup_printf(
         "-accel %s -machine %s %s %s "
         "-global migration.x-clear-bitmap-shift=%u "
-        "-nodefaults -bios %s -serial file:%s %s",
+        "-nodefaults -bios %s -serial file:%s %s %s",
         test->accel->options, machine,
         test->second_block ? "-object memory-backend-ram,id=pad,size=1G" : "",
-        memory, test->shift, firmware, serial->path, opts);
+        memory, test->shift, stress->firmware, serial, opts,
+        /* That the channel breaks is not passed over in silence */
+        test->recover ? "2>/dev/null" : "");
     QList *capabilities = qlist_new();
     QTestState *who;
 
@@ -287,46 +329,61 @@ static QTestState *start_guest(const StressTest *test, const char *env,
     return who;
 }
 
-static void migrate_set_both_capability(QTestState *from, QTestState *to,
-                                        const char *name)
+static void stress_end(Stress *stress)
 {
-    migrate_set_capability(from, name, true);
-    migrate_set_capability(to, name, true);
+    SparseGuests *guests = &stress->guests;
+
+    qtest_quit(guests->from);
+    qtest_quit(guests->to);
+    guest_ram_close(&guests->src);
+    guest_ram_close(&guests->dst);
+    unlink(stress->firmware);
+    unlink(stress->src_serial.path);
+    unlink(stress->dst_serial.path);
+    g_free(stress->firmware);
+    g_free(stress->src_serial.path);
+    g_free(stress->dst_serial.path);
 }
 
-static void set_mode(const StressTest *test, QTestState *from, QTestState *to)
+/* Returns false if the test has to be skipped, after saying why */
+static bool stress_start(Stress *stress, const StressTest *test)
 {
-    switch (test->mode) {
-    case STRESS_XBZRLE:
-        migrate_set_parameter_int(from, "xbzrle-cache-size", 64 * MiB);
-        migrate_set_both_capability(from, to, "xbzrle");
-        break;
-    case STRESS_MULTIFD:
-    case STRESS_MULTIFD_LEGACY:
-        migrate_set_parameter_int(from, "multifd-channels", 4);
-        migrate_set_parameter_int(to, "multifd-channels", 4);
-        migrate_set_both_capability(from, to, "multifd");
-        if (test->mode == STRESS_MULTIFD_LEGACY) {
-            migrate_set_parameter_str(from, "zero-page-detection", "legacy");
-        }
-        break;
-    case STRESS_RUNS_MULTIFD:
-        migrate_set_both_capability(from, to, "multifd");
-        migrate_set_both_capability(from, to, "sparse-ram");
-        migrate_set_parameter_str(from, "zero-page-detection", "legacy");
-        break;
-    case STRESS_RUNS:
-        migrate_set_both_capability(from, to, "sparse-ram");
-        break;
-    default:
-        break;
-    }
+    SparseGuests *guests = &stress->guests;
+    bool postcopy = test->way->transport == SPARSE_POSTCOPY;
 
-    /*
-     * Auto-converge syncs the dirty bitmap on its own, from another thread and
-     * in the middle of a round, if that has not been done for 5 seconds.  It
-     * has nothing else to do here until throttled_rounds().
-     */
+    *stress = (Stress) {
+        .test = test,
+        .firmware = create_firmware(test),
+        .src_serial.path = g_strdup_printf("%s/src_serial", sparse_env->tmpfs),
+        .dst_serial.path = g_strdup_printf("%s/dest_serial", sparse_env->tmpfs),
+    };
+    guest_ram_init(&guests->src, &sparse_memfd, test->size);
+    guest_ram_init(&guests->dst, &sparse_memfd, test->size);
+    guests->from = start_guest(stress, "QTEST_QEMU_BINARY_SRC", &guests->src,
+                               stress->src_serial.path, &stress->src_state,
+                               "-S");
+    /* After postcopy, the guest goes on at once */
+    guests->to = start_guest(stress, "QTEST_QEMU_BINARY_DST", &guests->dst,
+                             stress->dst_serial.path, &stress->dst_state,
+                             postcopy ? "-incoming defer"
+                                      : "-S -incoming defer");
+    guest_ram_open(&guests->src, guests->from);
+    guest_ram_open(&guests->dst, guests->to);
+    if (!sparse_set_way(guests, test->way)) {
+        stress_end(stress);
+        return false;
+    }
+    migrate_incoming_qmp(guests->to, "tcp:127.0.0.1:0", NULL, "{}");
+    return true;
+}
+
+/*
+ * Auto-converge syncs the dirty bitmap on its own, from another thread and in
+ * the middle of a round, if that has not been done for 5 seconds.  It has
+ * nothing else to do here until throttled_rounds().
+ */
+static void set_auto_converge(QTestState *from)
+{
     migrate_set_capability(from, "auto-converge", true);
     migrate_set_parameter_int(from, "cpu-throttle-initial", 1);
     migrate_set_parameter_int(from, "max-cpu-throttle", 1);
@@ -458,20 +515,16 @@ static bool slow_round(const StressTest *test, QTestState *from)
 }
 
 /* Half of the pages that the guest is going to write to get populated */
-static void populate_zeroes(const StressTest *test, QTestState *from)
+static void populate_zeroes(const StressTest *test, const GuestRam *ram)
 {
     g_autofree void *zeroes = g_malloc0(PAGE_SIZE);
     uint64_t first = writer_base(test) / PAGE_SIZE, page;
-    GuestRam ram;
 
-    guest_ram_init(&ram, &sparse_memfd, test->size);
-    guest_ram_open(&ram, from);
     for (page = first; page < first + writer_pages(test); page++) {
         if ((page + POPULATED_SKEW) & POPULATED_PAGES) {
-            guest_ram_write_page(&ram, page, zeroes);
+            guest_ram_write_page(ram, page, zeroes);
         }
     }
-    guest_ram_close(&ram);
 }
 
 /*
@@ -550,44 +603,14 @@ static bool rounds_of_runs(const StressTest *test, QTestState *from)
     return true;
 }
 
-static void compare_ram(const StressTest *test, QTestState *from,
-                        QTestState *to)
-{
-    g_autofree char *src_page = g_malloc(PAGE_SIZE);
-    g_autofree char *dst_page = g_malloc(PAGE_SIZE);
-    uint64_t page, bad = 0;
-    GuestRam src, dst;
-
-    guest_ram_init(&src, &sparse_memfd, test->size);
-    guest_ram_init(&dst, &sparse_memfd, test->size);
-    guest_ram_open(&src, from);
-    guest_ram_open(&dst, to);
-    /* All of it, whatever the kernel says about holes */
-    for (page = 0; page < src.pages; page++) {
-        guest_ram_read_page(&src, page, src_page);
-        guest_ram_read_page(&dst, page, dst_page);
-        if (memcmp(src_page, dst_page, PAGE_SIZE) && bad++ < 10) {
-            g_test_message("the page at 0x%" PRIx64 " differs: it begins with "
-                           "0x%08x on the source, 0x%08x on the destination",
-                           page * PAGE_SIZE, ldl_le_p(src_page),
-                           ldl_le_p(dst_page));
-        }
-    }
-    guest_ram_close(&src);
-    guest_ram_close(&dst);
-    if (bad) {
-        g_error("%" PRIu64 " pages of the destination are not what they are "
-                "on the source", bad);
-    }
-}
-
 /* The guest's own opinion, and that it goes on */
-static void check_by_guest(const StressTest *test, QTestState *to,
-                           Serial *serial)
+static void check_by_guest(Stress *stress)
 {
+    QTestState *to = stress->guests.to;
+    Serial *serial = &stress->dst_serial;
     int64_t start = g_get_monotonic_time();
 
-    write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(test));
+    write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(stress->test));
     write_parameter(to, SPARSE_WRITER_VERIFY, 1);
     qtest_qmp_assert_success(to, "{ 'execute': 'cont' }");
     do {
@@ -601,30 +624,22 @@ static void check_by_guest(const StressTest *test, QTestState *to,
 static void test_stress(const void *opaque)
 {
     const StressTest *test = opaque;
-    g_autofree char *firmware = create_firmware(test);
-    g_autofree char *src_path = g_strdup_printf("%s/src_serial",
-                                                sparse_env->tmpfs);
-    g_autofree char *dst_path = g_strdup_printf("%s/dest_serial",
-                                                sparse_env->tmpfs);
-    Serial src_serial = { .path = src_path };
-    Serial dst_serial = { .path = dst_path };
-    QTestMigrationState src_state = { }, dst_state = { };
-    QTestState *from, *to;
+    Stress stress;
+    QTestState *from;
     bool in_time;
     uint64_t written;
 
-    from = start_guest(test, "QTEST_QEMU_BINARY_SRC", firmware, &src_serial,
-                       &src_state, "-S");
-    to = start_guest(test, "QTEST_QEMU_BINARY_DST", firmware, &dst_serial,
-                     &dst_state, "-S -incoming defer");
-    set_mode(test, from, to);
-    migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
+    if (!stress_start(&stress, test)) {
+        return;
+    }
+    from = stress.guests.from;
+    set_auto_converge(from);
     if (has_runs(test) || test->variant == STRESS_POPULATED) {
-        populate_zeroes(test, from);
+        populate_zeroes(test, &stress.guests.src);
     }
     qtest_qmp_assert_success(from, "{ 'execute': 'cont' }");
-    wait_for_beats(&src_serial, 1);
-    written = src_serial.beats;
+    wait_for_beats(&stress.src_serial, 1);
+    written = stress.src_serial.beats;
 
     if (has_runs(test)) {
         write_parameter(from, SPARSE_WRITER_PAGES, writer_pages(test));
@@ -633,7 +648,7 @@ static void test_stress(const void *opaque)
     set_bandwidth(from, SLOW_BANDWIDTH);
     migrate_set_parameter_int(from, "downtime-limit", 1000);
     set_threshold(from, 0);
-    migrate_qmp(from, to, NULL, NULL, "{}");
+    migrate_qmp(from, stress.guests.to, NULL, NULL, "{}");
 
     if (has_runs(test)) {
         in_time = rounds_of_runs(test, from);
@@ -643,32 +658,26 @@ static void test_stress(const void *opaque)
     migrate_ensure_converge(from);
     set_threshold(from, 1 * GiB);
     wait_for_migration_complete(from);
-    wait_for_migration_complete(to);
+    wait_for_migration_complete(stress.guests.to);
 
-    read_serial(&src_serial);
+    read_serial(&stress.src_serial);
+    written = stress.src_serial.beats - written;
     g_test_message("%" PRIu64 " syncs, the guest has written to %" PRIu64
                    " pages meanwhile, %" PRIu64 " holes were sent",
-                   syncs(from),
-                   (src_serial.beats - written) * SPARSE_WRITER_BATCH,
+                   syncs(from), written * SPARSE_WRITER_BATCH,
                    (uint64_t)read_ram_property_int(from, "holes"));
 
     /* What the test has written to the source in vain would be a difference */
     if (in_time) {
-        compare_ram(test, from, to);
+        g_free(guest_ram_content(&stress.guests.dst, &stress.guests.src, NULL));
     }
-    if (!in_time || src_serial.beats == written) {
+    if (!in_time || !written) {
         g_test_skip("the host was too busy: the migration was over before the "
                     "guest had written what it should; that it has lost "
                     "nothing was checked");
     }
-
-    qtest_quit(from);
-    check_by_guest(test, to, &dst_serial);
-    qtest_quit(to);
-
-    unlink(firmware);
-    unlink(src_path);
-    unlink(dst_path);
+    check_by_guest(&stress);
+    stress_end(&stress);
 }
 
 /*
@@ -678,14 +687,6 @@ static void test_stress(const void *opaque)
  * yet to be sent, which takes minutes at the slow rate, keeps postcopy from its
  * end, which would free a guest that waits for ever.
  */
-typedef struct PostcopyStress {
-    StressTest guest;
-    /* Besides postcopy-ram and postcopy-blocktime */
-    const char *capabilities[3];
-    /* The channel breaks, and is recovered */
-    bool recover;
-} PostcopyStress;
-
 /* How many Bs to wait for at a time */
 #define POSTCOPY_BEATS 8
 
@@ -705,54 +706,34 @@ static void half_round(const StressTest *test, QTestState *from)
     }
 }
 
-static void break_and_recover(QTestState *from, QTestState *to)
-{
-    g_autofree char *uri = g_strdup_printf("unix:%s/migsocket-recover",
-                                           sparse_env->tmpfs);
-
-    migrate_pause(from);
-    lab_wait_for_status(to, "postcopy-paused");
-    lab_wait_for_status(from, "postcopy-paused");
-    /* Time for the guest to get stuck */
-    g_usleep(G_USEC_PER_SEC / 2);
-    migrate_recover(to, uri);
-    migrate_qmp(from, to, uri, NULL, "{'resume': true}");
-    lab_wait_for_status(to, "postcopy-active");
-}
-
 /*
  * What the guest has neither written nor read should be a hole: how many pages
  * are not
  */
 static uint64_t count_untouched_allocated(const StressTest *test,
-                                          QTestState *to)
+                                          const GuestRam *ram)
 {
     uint64_t first = writer_base(test) / PAGE_SIZE;
     size_t table_size = writer_pages(test) * sizeof(uint32_t);
     g_autofree uint32_t *table = g_malloc(table_size);
-    g_autofree unsigned long *touched = NULL;
-    g_autofree unsigned long *allocated = NULL;
+    g_autofree unsigned long *touched = bitmap_new(ram->pages);
+    g_autofree unsigned long *allocated = guest_ram_allocated_pages(ram);
     uint64_t page, untouched = 0, bad = 0;
     uint32_t current;
-    GuestRam ram;
 
-    guest_ram_init(&ram, &sparse_memfd, test->size);
-    guest_ram_open(&ram, to);
-    g_assert_cmpint(pread(ram.fd, table, table_size, SPARSE_WRITER_TABLE),
+    g_assert_cmpint(pread(ram->fd, table, table_size, SPARSE_WRITER_TABLE),
                     ==, table_size);
-    allocated = guest_ram_allocated_pages(&ram);
-    touched = bitmap_new(ram.pages);
     for (page = 0; page < writer_pages(test); page++) {
         if (table[page]) {
             set_bit(first + page, touched);
         }
     }
     /* It may have been stopped before it put this one into the table */
-    g_assert_cmpint(pread(ram.fd, &current, sizeof(current),
+    g_assert_cmpint(pread(ram->fd, &current, sizeof(current),
                           SPARSE_WRITER_CURRENT), ==, sizeof(current));
     g_assert_cmpuint(current, <, writer_pages(test));
     set_bit(first + current, touched);
-    guest_ram_extend_to_units(&ram, touched);
+    guest_ram_extend_to_units(ram, touched);
     for (page = first; page < first + writer_pages(test); page++) {
         if (!test_bit(page, touched)) {
             untouched++;
@@ -763,45 +744,24 @@ static uint64_t count_untouched_allocated(const StressTest *test,
                    " of them are allocated", untouched, writer_pages(test),
                    bad);
     g_assert_cmpuint(untouched, >, 0);
-    guest_ram_close(&ram);
     return bad;
 }
 
 static void test_postcopy_stress(const void *opaque)
 {
-    const PostcopyStress *stress = opaque;
-    const StressTest *test = &stress->guest;
-    g_autofree char *firmware = create_firmware(test);
-    g_autofree char *src_path = g_strdup_printf("%s/src_serial",
-                                                sparse_env->tmpfs);
-    g_autofree char *dst_path = g_strdup_printf("%s/dest_serial",
-                                                sparse_env->tmpfs);
-    Serial src_serial = { .path = src_path };
-    Serial dst_serial = { .path = dst_path };
-    QTestMigrationState src_state = { }, dst_state = { };
+    const StressTest *test = opaque;
+    Stress stress;
     g_autofree char *status = NULL;
     QTestState *from, *to;
-    uint64_t untouched_allocated = 0;
-    int i;
+    uint64_t untouched_allocated;
 
-    /* That the channel breaks is not passed over in silence */
-    from = start_guest(test, "QTEST_QEMU_BINARY_SRC", firmware, &src_serial,
-                       &src_state, stress->recover ? "2>/dev/null" : "");
-    to = start_guest(test, "QTEST_QEMU_BINARY_DST", firmware, &dst_serial,
-                     &dst_state, stress->recover ? "-incoming defer 2>/dev/null"
-                                                 : "-incoming defer");
-    migrate_set_both_capability(from, to, "postcopy-ram");
-    migrate_set_both_capability(from, to, "postcopy-blocktime");
-    for (i = 0; stress->capabilities[i]; i++) {
-        if (!sparse_try(from, "migrate_set_capability %s on",
-                        stress->capabilities[i]) ||
-            !sparse_try(to, "migrate_set_capability %s on",
-                        stress->capabilities[i])) {
-            goto out;
-        }
+    if (!stress_start(&stress, test)) {
+        return;
     }
-    migrate_incoming_qmp(to, "tcp:127.0.0.1:0", NULL, "{}");
-    wait_for_beats(&src_serial, 1);
+    from = stress.guests.from;
+    to = stress.guests.to;
+    qtest_qmp_assert_success(from, "{ 'execute': 'cont' }");
+    wait_for_beats(&stress.src_serial, 1);
 
     set_bandwidth(from, PRECOPY_BANDWIDTH);
     migrate_set_parameter_int(from, "max-postcopy-bandwidth", SLOW_BANDWIDTH);
@@ -814,10 +774,13 @@ static void test_postcopy_stress(const void *opaque)
 
     write_parameter(to, SPARSE_WRITER_TURN, WRITER_TURN_POSTCOPY);
     write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(test));
-    wait_for_beats(&dst_serial, POSTCOPY_BEATS);
-    if (stress->recover) {
-        break_and_recover(from, to);
-        wait_for_beats(&dst_serial, POSTCOPY_BEATS);
+    wait_for_beats(&stress.dst_serial, POSTCOPY_BEATS);
+    if (test->recover) {
+        lab_pause_channel(&stress.guests);
+        /* Time for the guest to get stuck */
+        g_usleep(G_USEC_PER_SEC / 2);
+        lab_recover_channel(&stress.guests);
+        wait_for_beats(&stress.dst_serial, POSTCOPY_BEATS);
     }
     status = migrate_query_status(to);
     g_assert_cmpstr(status, ==, "postcopy-active");
@@ -828,96 +791,88 @@ static void test_postcopy_stress(const void *opaque)
     wait_for_migration_complete(from);
     wait_for_migration_complete(to);
     read_blocktime(to);
-    wait_for_beats(&dst_serial, 1);
+    wait_for_beats(&stress.dst_serial, 1);
 
     qtest_qmp_assert_success(to, "{ 'execute': 'stop' }");
     /* The guest is going to read all of it */
-    untouched_allocated = count_untouched_allocated(test, to);
-    check_by_guest(test, to, &dst_serial);
-out:
-    qtest_quit(from);
-    qtest_quit(to);
+    untouched_allocated = count_untouched_allocated(test, &stress.guests.dst);
+    check_by_guest(&stress);
+    stress_end(&stress);
     /* Last, so that a QEMU that fails here has at least lost nothing */
     g_assert_cmpuint(untouched_allocated, ==, 0);
-
-    unlink(firmware);
-    unlink(src_path);
-    unlink(dst_path);
 }
 
-static void add_postcopy_stress(const char *name, const char *first,
-                                const char *second, bool recover)
-{
-    PostcopyStress *stress = g_new(PostcopyStress, 1);
-    g_autofree char *path =
-        g_strdup_printf("/migration/sparse/stress/postcopy/%s", name);
+#define SHORT .accel = &accel_tcg, .size = 512 * MiB, \
+    .slow_syncs = 3, .fast_syncs = 10
 
-    *stress = (PostcopyStress) {
-        .guest = {
-            .accel = &accel_tcg,
-            .shift = SHIFT_DEFAULT,
-            .size = 256 * MiB,
-            .slow_syncs = 3,
-        },
-        .capabilities = { first, second },
-        .recover = recover,
-    };
-    qtest_add_data_func_full(path, stress, test_postcopy_stress, g_free);
-}
+static const StressTest short_tests[] = {
+    {
+        "short/tcg/precopy/shift-18", SHORT, .way = &sparse_precopy,
+        .shift = SHIFT_DEFAULT,
+    },
+    { "short/tcg/multifd/shift-6", SHORT, .way = &multifd, .shift = SHIFT_MIN },
+    { "short/tcg/sparse-ram/shift-6", SHORT, .way = &runs, .shift = SHIFT_MIN },
+    {
+        "short/tcg/second-block", SHORT, .way = &sparse_precopy,
+        .shift = SHIFT_DEFAULT, .second_block = true,
+    },
+};
 
-static void add_stress(const StressAccel *accel, StressMode mode,
-                       StressVariant variant, unsigned shift, bool is_long)
+#define POSTCOPY_GUEST .accel = &accel_tcg, .size = 256 * MiB, \
+    .slow_syncs = 3, .shift = SHIFT_DEFAULT
+
+static const StressTest postcopy_tests[] = {
+    { "postcopy/plain", POSTCOPY_GUEST, .way = &postcopy },
+    { "postcopy/preempt", POSTCOPY_GUEST, .way = &postcopy_preempt },
+    { "postcopy/multifd", POSTCOPY_GUEST, .way = &postcopy_multifd },
+    {
+        "postcopy/multifd-capability", POSTCOPY_GUEST,
+        .way = &postcopy_multifd_runs,
+    },
+    { "postcopy/recover", POSTCOPY_GUEST, .way = &postcopy, .recover = true },
+    {
+        "postcopy/recover-preempt", POSTCOPY_GUEST, .way = &postcopy_preempt,
+        .recover = true,
+    }, {
+        "postcopy/capability", POSTCOPY_GUEST, .way = &postcopy_preempt_runs,
+        .recover = true,
+    },
+};
+
+static void add_long(const StressAccel *accel, const SparseWay *way,
+                     StressVariant variant, unsigned shift)
 {
     StressTest *test = g_new(StressTest, 1);
     g_autofree char *path =
-        g_strdup_printf("/migration/sparse/stress/%s/%s/%s/%sshift-%u",
-                        is_long ? "long" : "short", accel->name,
-                        mode_names[mode], variant_names[variant], shift);
+        g_strdup_printf("/migration/sparse/stress/long/%s/%s/%sshift-%u",
+                        accel->name, way->name, variant_names[variant], shift);
 
     *test = (StressTest) {
         .accel = accel,
-        .mode = mode,
+        .way = way,
         .variant = variant,
         .shift = shift,
-        .size = is_long ? 1 * GiB : 512 * MiB,
-        .slow_syncs = is_long ? 8 : 3,
-        .fast_syncs = is_long ? 100 : 10,
+        .size = 1 * GiB,
+        .slow_syncs = 8,
+        .fast_syncs = 100,
     };
     qtest_add_data_func_full(path, test, test_stress, g_free);
 }
 
-/*
- * Guest RAM is not the first RAM block, and so not at offset 0 of the dirty
- * bits of TCG.
- */
-static void add_second_block(void)
+static void add_all_long(const StressAccel *accel)
 {
-    StressTest *test = g_new(StressTest, 1);
-
-    *test = (StressTest) {
-        .accel = &accel_tcg,
-        .mode = STRESS_PRECOPY,
-        .shift = SHIFT_DEFAULT,
-        .size = 512 * MiB,
-        .second_block = true,
-        .slow_syncs = 3,
-        .fast_syncs = 10,
+    static const SparseWay *const ways[] = {
+        &sparse_precopy, &xbzrle, &multifd, &multifd_legacy, &runs,
+        &runs_multifd,
     };
-    qtest_add_data_func_full("/migration/sparse/stress/short/tcg/second-block",
-                             test, test_stress, g_free);
-}
 
-static void add_long(const StressAccel *accel)
-{
-    StressMode mode;
-
-    for (mode = 0; mode < STRESS__MAX; mode++) {
-        add_stress(accel, mode, STRESS_PLAIN, SHIFT_MIN, true);
-        add_stress(accel, mode, STRESS_PLAIN, SHIFT_DEFAULT, true);
-        add_stress(accel, mode, STRESS_THROTTLED, SHIFT_MIN, true);
+    for (int i = 0; i < ARRAY_SIZE(ways); i++) {
+        add_long(accel, ways[i], STRESS_PLAIN, SHIFT_MIN);
+        add_long(accel, ways[i], STRESS_PLAIN, SHIFT_DEFAULT);
+        add_long(accel, ways[i], STRESS_THROTTLED, SHIFT_MIN);
         /* With runs, pages are always populated */
-        if (mode != STRESS_RUNS && mode != STRESS_RUNS_MULTIFD) {
-            add_stress(accel, mode, STRESS_POPULATED, SHIFT_MIN, true);
+        if (ways[i] != &runs && ways[i] != &runs_multifd) {
+            add_long(accel, ways[i], STRESS_POPULATED, SHIFT_MIN);
         }
     }
 }
@@ -927,33 +882,21 @@ void lab_add_stress(void)
     const MigrationTestEnv *env = sparse_env;
 
     if (env->has_tcg) {
-        add_stress(&accel_tcg, STRESS_PRECOPY, STRESS_PLAIN, SHIFT_DEFAULT,
-                   false);
-        add_stress(&accel_tcg, STRESS_MULTIFD, STRESS_PLAIN, SHIFT_MIN, false);
-        add_stress(&accel_tcg, STRESS_RUNS, STRESS_PLAIN, SHIFT_MIN, false);
-        add_second_block();
+        LAB_ADD_CASES("stress/", short_tests, test_stress);
     }
     if (env->has_tcg && env->has_uffd) {
-        add_postcopy_stress("plain", NULL, NULL, false);
-        add_postcopy_stress("preempt", "postcopy-preempt", NULL, false);
-        add_postcopy_stress("multifd", "multifd", NULL, false);
-        add_postcopy_stress("multifd-capability", "multifd", "sparse-ram",
-                            false);
-        add_postcopy_stress("recover", NULL, NULL, true);
-        add_postcopy_stress("recover-preempt", "postcopy-preempt", NULL, true);
-        add_postcopy_stress("capability", "sparse-ram", "postcopy-preempt",
-                            true);
+        LAB_ADD_CASES("stress/", postcopy_tests, test_postcopy_stress);
     }
     if (!env->full_set) {
         return;
     }
     if (env->has_tcg) {
-        add_long(&accel_tcg);
+        add_all_long(&accel_tcg);
     }
     if (env->has_kvm) {
-        add_long(&accel_kvm);
+        add_all_long(&accel_kvm);
     }
     if (env->has_dirty_ring) {
-        add_long(&accel_kvm_ring);
+        add_all_long(&accel_kvm_ring);
     }
 }
