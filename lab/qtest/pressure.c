@@ -39,10 +39,11 @@ static const SparseWay postcopy_preempt = {
     .capabilities = { "postcopy-ram", "postcopy-preempt" },
 };
 
-/* The files of a memory cgroup, in either version of the interface */
+/* Memory cgroups, in either version of the interface */
 typedef struct CgroupFiles {
+    /* Where they usually are */
+    const char *mount;
     const char *limit;
-    /* NULL: the version has none */
     const char *peak;
     /* Has a line "oom_kill N" */
     const char *events;
@@ -53,6 +54,7 @@ typedef struct CgroupFiles {
 } CgroupFiles;
 
 static const CgroupFiles cgroup_v1 = {
+    .mount = "/sys/fs/cgroup/memory",
     .limit = "memory.limit_in_bytes",
     .peak = "memory.max_usage_in_bytes",
     .events = "memory.oom_control",
@@ -60,6 +62,7 @@ static const CgroupFiles cgroup_v1 = {
 };
 
 static const CgroupFiles cgroup_v2 = {
+    .mount = "/sys/fs/cgroup",
     .limit = "memory.max",
     .peak = "memory.peak",
     .events = "memory.events",
@@ -162,46 +165,12 @@ static bool cgroup_make_in(Cgroup *cgroup, const char *parent, uint64_t limit)
     return false;
 }
 
-/*
- * Where the hierarchy of a cgroup version is mounted, or NULL.
- * @root: set to the cgroup that the mount shows as its root
- */
-static char *cgroup_mount(bool v2, char **root)
-{
-    g_autofree char *mounts = NULL;
-    g_auto(GStrv) lines = NULL;
-    int i;
-
-    if (!g_file_get_contents("/proc/self/mountinfo", &mounts, NULL, NULL)) {
-        return NULL;
-    }
-    lines = g_strsplit(mounts, "\n", -1);
-    for (i = 0; lines[i]; i++) {
-        g_auto(GStrv) halves = g_strsplit(lines[i], " - ", 2);
-        char in_cgroup[PATH_MAX], where[PATH_MAX], type[32], options[1024];
-
-        QEMU_BUILD_BUG_ON(PATH_MAX < 4096);
-        if (!halves[0] || !halves[1] ||
-            sscanf(halves[0], "%*s %*s %*s %4095s %4095s", in_cgroup,
-                   where) != 2 ||
-            sscanf(halves[1], "%31s %*s %1023s", type, options) != 2) {
-            continue;
-        }
-        if (v2 ? g_str_equal(type, "cgroup2")
-               : g_str_equal(type, "cgroup") && strstr(options, "memory")) {
-            *root = g_strdup(in_cgroup);
-            return g_strdup(where);
-        }
-    }
-    return NULL;
-}
-
-/* The cgroup of this process that limits its memory, or NULL */
-static char *own_cgroup(bool *v2)
+/* Where the cgroup is that limits the memory of this process, or NULL */
+static char *own_cgroup(const CgroupFiles **files)
 {
     g_autofree char *content = NULL;
+    g_autofree char *v2_path = NULL;
     g_auto(GStrv) lines = NULL;
-    char *path = NULL;
     int i;
 
     if (!g_file_get_contents("/proc/self/cgroup", &content, NULL, NULL)) {
@@ -209,61 +178,42 @@ static char *own_cgroup(bool *v2)
     }
     lines = g_strsplit(content, "\n", -1);
     for (i = 0; lines[i]; i++) {
+        /* Hierarchy, controllers, path */
         g_auto(GStrv) fields = g_strsplit(lines[i], ":", 3);
-        g_auto(GStrv) controllers = NULL;
 
         if (g_strv_length(fields) != 3) {
             continue;
         }
-        controllers = g_strsplit(fields[1], ",", -1);
-        if (g_strv_contains((const char *const *)controllers, "memory")) {
-            g_free(path);
-            *v2 = false;
-            return g_strdup(fields[2]);
+        if (g_str_equal(fields[1], "memory")) {
+            *files = &cgroup_v1;
+            return g_strconcat(cgroup_v1.mount, fields[2], NULL);
         }
         if (g_str_equal(fields[0], "0")) {
-            g_free(path);
-            *v2 = true;
-            path = g_strdup(fields[2]);
+            v2_path = g_strconcat(cgroup_v2.mount, fields[2], NULL);
         }
     }
-    return path;
+    *files = &cgroup_v2;
+    return g_steal_pointer(&v2_path);
 }
 
 /*
  * Make a cgroup that limits memory.  With version 2, a cgroup that has
  * processes cannot have children with limits, so that it will be one next to
- * that of this process, or next to an ancestor of it.
+ * that of this process, or next to an ancestor of it.  In a container, the
+ * directory of that of this process may not be there.
  */
 static bool cgroup_make(Cgroup *cgroup, uint64_t limit)
 {
-    bool v2 = false;
-    g_autofree char *root = NULL;
-    g_autofree char *own = own_cgroup(&v2);
-    g_autofree char *mount = own ? cgroup_mount(v2, &root) : NULL;
-    const char *below = own;
     char *path;
-    bool made;
+    bool made = false;
 
-    *cgroup = (Cgroup) { .files = v2 ? &cgroup_v2 : &cgroup_v1 };
-    if (!mount || strstr(own, "/..")) {
-        return false;
-    }
-    if (!g_str_equal(root, "/") && !g_str_has_prefix(own, root)) {
-        return false;
-    }
-    if (!g_str_equal(root, "/")) {
-        below += strlen(root);
-    }
+    *cgroup = (Cgroup) { };
+    path = own_cgroup(&cgroup->files);
+    while (path && !made && g_str_has_prefix(path, cgroup->files->mount)) {
+        g_autofree char *place = path;
 
-    path = g_build_filename(mount, below, NULL);
-    made = cgroup_make_in(cgroup, path, limit);
-    while (!made && strlen(path) > strlen(mount)) {
-        char *parent = g_path_get_dirname(path);
-
-        g_free(path);
-        path = parent;
-        made = cgroup_make_in(cgroup, path, limit);
+        made = cgroup_make_in(cgroup, place, limit);
+        path = g_path_get_dirname(place);
     }
     g_free(path);
     return made;
