@@ -43,7 +43,9 @@
 
 #define TARGET_PAGE (4 * KiB)
 #define HUGE_PAGE (2 * MiB)
-#define BLOCK_SIZE (64 * TARGET_PAGE)
+#define RAM_SIZE (64 * TARGET_PAGE)
+/* Target pages */
+#define PER_HUGE (HUGE_PAGE / TARGET_PAGE)
 
 /* Of ram-holes.c: pages, and bytes */
 #define PRIVATE_ASK_MIN 32
@@ -262,21 +264,145 @@ static int memfd_new(uint64_t size)
     return fd;
 }
 
-static void test_block_init(TestBlock *block)
+/* One that consists of all of a file, which becomes the block's */
+static void test_block_init_file(TestBlock *block, int fd)
 {
-    test_block_init_mapped(block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
-                           MAP_SHARED, RAM_SHARED);
+    test_block_init_mapped(block, fd, 0, lseek(fd, 0, SEEK_END), MAP_SHARED,
+                           RAM_SHARED);
 }
 
 static void test_block_destroy(TestBlock *block)
 {
-    munmap(block->rb.host, block->rb.max_length);
+    if (block->rb.host) {
+        munmap(block->rb.host, block->rb.max_length);
+    }
     if (block->rb.fd >= 0) {
         close(block->rb.fd);
     }
+    *block = (TestBlock) { .rb.fd = -1 };
     memset(&machine, 0, sizeof(machine));
     machine.ram_holes = true;
     mlock_state = MLOCK_OFF;
+}
+
+/*
+ * What kinds of blocks there are for tests.  Each of these functions returns
+ * false if the test has to be skipped, after saying why.
+ */
+
+static bool memfd(TestBlock *block)
+{
+    test_block_init_file(block, memfd_new(RAM_SIZE));
+    return true;
+}
+
+static bool switched_off(TestBlock *block)
+{
+    machine.ram_holes = false;
+    return memfd(block);
+}
+
+static bool private_memfd(TestBlock *block)
+{
+    test_block_init_mapped(block, memfd_new(RAM_SIZE), 0, RAM_SIZE,
+                           MAP_PRIVATE, 0);
+    return true;
+}
+
+static bool shared_anonymous(TestBlock *block)
+{
+    test_block_init_mapped(block, -1, 0, RAM_SIZE,
+                           MAP_SHARED | MAP_ANONYMOUS, RAM_SHARED);
+    return true;
+}
+
+static void test_block_init_anonymous(TestBlock *block, uint64_t size)
+{
+    test_block_init_mapped(block, -1, 0, size, MAP_PRIVATE | MAP_ANONYMOUS, 0);
+    /* One page is one page */
+    madvise(block->rb.host, size, MADV_NOHUGEPAGE);
+}
+
+static bool anonymous(TestBlock *block)
+{
+    test_block_init_anonymous(block, RAM_SIZE);
+    return true;
+}
+
+/* Two pages, not reserved, so that one that is given up would be missed */
+static int hugetlb_new(void)
+{
+    int fd = memfd_create("test-ram-holes", MFD_CLOEXEC | MFD_HUGETLB |
+                                            MFD_HUGE_2MB);
+    void *map;
+
+    if (fd < 0) {
+        g_test_skip("no hugetlb memfd on this kernel");
+        return -1;
+    }
+    g_assert_no_errno(ftruncate(fd, 2 * HUGE_PAGE));
+    map = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) {
+        g_test_skip("fewer than two free huge pages of 2 MiB"
+                    " (vm.nr_hugepages)");
+        close(fd);
+        return -1;
+    }
+    munmap(map, 2 * HUGE_PAGE);
+    return fd;
+}
+
+static bool hugetlb(TestBlock *block)
+{
+    int fd = hugetlb_new();
+
+    if (fd >= 0) {
+        test_block_init_file(block, fd);
+    }
+    return fd >= 0;
+}
+
+static bool private_hugetlb(TestBlock *block)
+{
+    int fd = hugetlb_new();
+
+    if (fd >= 0) {
+        test_block_init_mapped(block, fd, 0, 2 * HUGE_PAGE,
+                               MAP_PRIVATE | MAP_NORESERVE, 0);
+        block->rb.page_size = HUGE_PAGE;
+    }
+    return fd >= 0;
+}
+
+/* The file behind a block of huge pages, as another process has it */
+static char *hugetlb_map(TestBlock *block)
+{
+    char *map = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                     block->rb.fd, 0);
+
+    g_assert_true(map != MAP_FAILED);
+    return map;
+}
+
+/* The test has one of its own, or more */
+static bool none(TestBlock *block)
+{
+    return true;
+}
+
+/* Past the mapping, which knows nothing of it: the first byte of a page */
+
+static void file_put(int fd, uint64_t page, uint8_t byte)
+{
+    g_assert_cmpint(pwrite(fd, &byte, 1, page * TARGET_PAGE), ==, 1);
+}
+
+static uint8_t file_get(int fd, uint64_t page)
+{
+    uint8_t byte;
+
+    g_assert_cmpint(pread(fd, &byte, 1, page * TARGET_PAGE), ==, 1);
+    return byte;
 }
 
 static uint64_t allocated_pages(TestBlock *block)
@@ -302,13 +428,6 @@ static void fill_pages(TestBlock *block, unsigned first, unsigned last)
 {
     memset(block->rb.host + first * TARGET_PAGE, DATA,
            (last - first + 1) * TARGET_PAGE);
-}
-
-static void ram_block_discard_all(TestBlock *block)
-{
-    g_assert_no_errno(fallocate(block->rb.fd,
-                                FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                block->rb.fd_offset, block->rb.max_length));
 }
 
 static void zero_pages(TestBlock *block, unsigned first, unsigned last)
@@ -361,131 +480,112 @@ static unsigned stderr_release(void)
     return lines;
 }
 
-static void test_hole_and_punched(void)
+static void test_hole_and_punched(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    zero_pages(&block, 0, 63);
-    g_assert_cmpint(allocated_pages(&block), ==, 0);
-    g_assert_cmpint(zero_half(&block), ==, 4);
-    test_block_destroy(&block);
+    zero_pages(block, 0, 63);
+    g_assert_cmpint(allocated_pages(block), ==, 0);
+    g_assert_cmpint(zero_half(block), ==, 4);
 }
 
-static void test_fd_offset(void)
+static void test_fd_offset(TestBlock *block)
 {
-    TestBlock block;
-    int fd = memfd_new(2 * BLOCK_SIZE);
-    uint8_t byte = DATA;
+    int fd = memfd_new(2 * RAM_SIZE);
 
-    test_block_init_mapped(&block, fd, BLOCK_SIZE, BLOCK_SIZE, MAP_SHARED,
+    test_block_init_mapped(block, fd, RAM_SIZE, RAM_SIZE, MAP_SHARED,
                            RAM_SHARED);
     /* In front of the block, where its first page would be without offset */
-    g_assert_cmpint(pwrite(fd, &byte, 1, 0), ==, 1);
-    fill_pages(&block, 0, 1);
-    zero_pages(&block, 0, 0);
-    g_assert_cmpint(allocated_pages(&block), ==, 2);
-    g_assert_cmpint(pread(fd, &byte, 1, 0), ==, 1);
-    g_assert_cmpint(byte, ==, DATA);
-    assert_pages(&block, 0, 0, 0);
-    assert_pages(&block, 1, 1, DATA);
-    test_block_destroy(&block);
+    file_put(fd, 0, DATA);
+    fill_pages(block, 0, 1);
+    zero_pages(block, 0, 0);
+    g_assert_cmpint(allocated_pages(block), ==, 2);
+    g_assert_cmpint(file_get(fd, 0), ==, DATA);
+    assert_pages(block, 0, 0, 0);
+    assert_pages(block, 1, 1, DATA);
 }
 
 /* A hole is left alone in all of these, and nothing is punched. */
 
-static void test_discard_disabled(void)
+static void test_discard_disabled(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
     machine.discard_disabled = true;
-    g_assert_cmpint(zero_half(&block), ==, 8);
+    g_assert_cmpint(zero_half(block), ==, 8);
 
     /* A device that goes away gives back the permission */
     machine.discard_disabled = false;
-    zero_pages(&block, 8, 11);
-    g_assert_cmpint(allocated_pages(&block), ==, 4 + 4);
-    test_block_destroy(&block);
+    zero_pages(block, 8, 11);
+    g_assert_cmpint(allocated_pages(block), ==, 4 + 4);
 }
 
-static void test_rdma(void)
+static void test_rdma(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
     machine.rdma = true;
-    g_assert_cmpint(zero_half(&block), ==, 8);
-    test_block_destroy(&block);
+    g_assert_cmpint(zero_half(block), ==, 8);
 }
 
-static void test_mlock(void)
+/* How many pages stay allocated */
+static uint64_t zero_half_locked(TestBlock *block, MlockState state)
 {
-    TestBlock block;
+    uint64_t pages;
 
-    mlock_state = MLOCK_ON;
-    test_block_init(&block);
-    g_assert_cmpint(zero_half(&block), ==, 8);
-    test_block_destroy(&block);
+    mlock_state = state;
+    memfd(block);
+    pages = zero_half(block);
+    test_block_destroy(block);
+    return pages;
+}
 
-    mlock_state = MLOCK_ON_FAULT;
-    test_block_init(&block);
-    g_assert_cmpint(zero_half(&block), ==, 4);
-    test_block_destroy(&block);
+static void test_mlock(TestBlock *block)
+{
+    g_assert_cmpint(zero_half_locked(block, MLOCK_ON), ==, 8);
+    g_assert_cmpint(zero_half_locked(block, MLOCK_ON_FAULT), ==, 4);
 }
 
 /* How many pages stay allocated if something manages what is discarded */
-static uint64_t zero_half_managed(bool keeps_populated)
+static uint64_t zero_half_managed(TestBlock *block, bool keeps_populated)
 {
-    TestBlock block;
     MemoryRegion mr = { };
     uint64_t pages;
 
     machine.has_discard_manager = true;
     machine.keeps_populated = keeps_populated;
-    test_block_init(&block);
-    block.rb.mr = &mr;
-    ram_holes_setup_block(&block.rb);
-    pages = zero_half(&block);
-    test_block_destroy(&block);
+    memfd(block);
+    block->rb.mr = &mr;
+    ram_holes_setup_block(&block->rb);
+    pages = zero_half(block);
+    test_block_destroy(block);
     return pages;
 }
 
-static void test_discard_manager(void)
+static void test_discard_manager(TestBlock *block)
 {
-    g_assert_cmpint(zero_half_managed(false), ==, 4);
-    g_assert_cmpint(zero_half_managed(true), ==, 8);
+    g_assert_cmpint(zero_half_managed(block, false), ==, 4);
+    g_assert_cmpint(zero_half_managed(block, true), ==, 8);
 }
 
 /* What is reserved stays so, whether the guest wrote to it or not. */
-static void test_reserved(void)
+static void test_reserved(TestBlock *block)
 {
-    TestBlock block;
-    int fd = memfd_new(BLOCK_SIZE);
+    int fd = memfd_new(RAM_SIZE);
 
-    g_assert_no_errno(fallocate(fd, 0, 0, BLOCK_SIZE));
-    test_block_init_mapped(&block, fd, 0, BLOCK_SIZE, MAP_SHARED, RAM_SHARED);
-    fill_pages(&block, 8, 15);
-    zero_pages(&block, 0, 11);
-    g_assert_cmpint(allocated_pages(&block), ==, BLOCK_SIZE / TARGET_PAGE);
-    assert_pages(&block, 0, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    test_block_destroy(&block);
+    g_assert_no_errno(fallocate(fd, 0, 0, RAM_SIZE));
+    test_block_init_file(block, fd);
+    fill_pages(block, 8, 15);
+    zero_pages(block, 0, 11);
+    g_assert_cmpint(allocated_pages(block), ==, RAM_SIZE / TARGET_PAGE);
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 12, 15, DATA);
 }
 
 /* A file that has a page of somebody else, and holes, which stay holes */
-static void test_used(void)
+static void test_used(TestBlock *block)
 {
-    TestBlock block;
-    int fd = memfd_new(BLOCK_SIZE);
-    uint8_t byte = DATA;
+    int fd = memfd_new(RAM_SIZE);
 
-    g_assert_cmpint(pwrite(fd, &byte, 1, 0), ==, 1);
-    test_block_init_mapped(&block, fd, 0, BLOCK_SIZE, MAP_SHARED, RAM_SHARED);
-    zero_pages(&block, 0, 63);
-    g_assert_cmpint(allocated_pages(&block), ==, 1);
-    assert_pages(&block, 0, 0, 0);
-    test_block_destroy(&block);
+    file_put(fd, 0, DATA);
+    test_block_init_file(block, fd);
+    zero_pages(block, 0, 63);
+    g_assert_cmpint(allocated_pages(block), ==, 1);
+    assert_pages(block, 0, 0, 0);
 }
 
 /* What QEMU created is not reserved, whatever is in it. */
@@ -521,135 +621,111 @@ static const TypeInfo backends[] = {
 };
 
 /* How many pages stay allocated of a file with old data behind a backend */
-static uint64_t zero_half_of(const char *backend)
+static uint64_t zero_half_of(TestBlock *block, const char *backend)
 {
-    TestBlock block;
     MemoryRegion mr = { };
     Object *owner = object_new(backend);
     uint64_t pages;
 
-    test_block_init(&block);
-    fill_pages(&block, 8, 15);
+    memfd(block);
+    fill_pages(block, 8, 15);
     machine.owner = owner;
-    block.rb.mr = &mr;
-    ram_holes_setup_block(&block.rb);
-    pages = zero_half(&block);
-    test_block_destroy(&block);
+    block->rb.mr = &mr;
+    ram_holes_setup_block(&block->rb);
+    pages = zero_half(block);
+    test_block_destroy(block);
     object_unref(owner);
     return pages;
 }
 
-static void test_created_by_qemu(void)
+static void test_created_by_qemu(TestBlock *block)
 {
-    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_MEMFD), ==, 4);
-    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_SHM), ==, 4);
-    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_RAM), ==, 4);
-    g_assert_cmpint(zero_half_of(TYPE_MEMORY_BACKEND_FILE), ==, 8);
-    g_assert_cmpint(zero_half_of(TYPE_OTHER_BACKEND), ==, 8);
+    g_assert_cmpint(zero_half_of(block, TYPE_MEMORY_BACKEND_MEMFD), ==, 4);
+    g_assert_cmpint(zero_half_of(block, TYPE_MEMORY_BACKEND_SHM), ==, 4);
+    g_assert_cmpint(zero_half_of(block, TYPE_MEMORY_BACKEND_RAM), ==, 4);
+    g_assert_cmpint(zero_half_of(block, TYPE_MEMORY_BACKEND_FILE), ==, 8);
+    g_assert_cmpint(zero_half_of(block, TYPE_OTHER_BACKEND), ==, 8);
 }
 
 /* Of a snapshot, with and without a process that may have pinned the memory */
-static void test_vhost(void)
+static void test_vhost(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
+    memfd(block);
     machine.vhost = true;
-    g_assert_cmpint(zero_half(&block), ==, 4);
-    test_block_destroy(&block);
+    g_assert_cmpint(zero_half(block), ==, 4);
+    test_block_destroy(block);
 
-    test_block_init(&block);
+    memfd(block);
     machine.has_run = true;
-    g_assert_cmpint(zero_half(&block), ==, 4);
+    g_assert_cmpint(zero_half(block), ==, 4);
     machine.vhost = true;
-    zero_pages(&block, 12, 15);
+    zero_pages(block, 12, 15);
     /* Reading has allocated the others */
-    g_assert_cmpint(allocated_pages(&block), ==, 12);
-    assert_pages(&block, 12, 15, 0);
-    test_block_destroy(&block);
+    g_assert_cmpint(allocated_pages(block), ==, 12);
+    assert_pages(block, 12, 15, 0);
 }
 
-static void test_readonly_fd(void)
+static void test_readonly_fd(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    block.rb.flags |= RAM_READONLY_FD;
-    g_assert_cmpint(zero_half(&block), ==, 8);
-    test_block_destroy(&block);
+    block->rb.flags |= RAM_READONLY_FD;
+    g_assert_cmpint(zero_half(block), ==, 8);
 }
 
-static void test_sealed(void)
+static void test_sealed(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    if (fcntl(block.rb.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE) < 0) {
+    if (fcntl(block->rb.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE) < 0) {
         g_test_skip("the kernel has no F_SEAL_FUTURE_WRITE");
     } else {
         stderr_capture();
-        g_assert_cmpint(zero_half(&block), ==, 8);
-        fill_pages(&block, 8, 11);
-        zero_pages(&block, 0, 63);
+        g_assert_cmpint(zero_half(block), ==, 8);
+        fill_pages(block, 8, 11);
+        zero_pages(block, 0, 63);
         /* One warning is enough, and holes can still be told */
         g_assert_cmpint(stderr_release(), ==, 1);
-        g_assert_true(ram_block_holes_known(&block.rb));
+        g_assert_true(ram_block_holes_known(&block->rb));
     }
-    test_block_destroy(&block);
 }
 
 /* Reading populates in all of these: what is asked for is content. */
 
-static void test_switched_off(void)
+static void test_switched_off(TestBlock *block)
 {
-    TestBlock block;
-
-    machine.ram_holes = false;
-    test_block_init(&block);
-    g_assert_false(ram_block_holes_known(&block.rb));
-    g_assert_cmpint(zero_half(&block), ==, 12);
-    test_block_destroy(&block);
+    g_assert_false(ram_block_holes_known(&block->rb));
+    g_assert_cmpint(zero_half(block), ==, 12);
 }
 
-static void test_not_set_up(void)
+static void test_not_set_up(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    block.rb.holes = NULL;
-    g_assert_false(ram_block_holes_known(&block.rb));
-    g_assert_false(ram_block_may_punch(&block.rb));
-    g_assert_cmpint(zero_half(&block), ==, 12);
-    test_block_destroy(&block);
+    block->rb.holes = NULL;
+    g_assert_false(ram_block_holes_known(&block->rb));
+    g_assert_false(ram_block_may_punch(&block->rb));
+    g_assert_cmpint(zero_half(block), ==, 12);
 }
 
 /* A look-up that fails is about what was looked up, and nothing else. */
-static void test_find_failed(void)
+static void test_find_failed(TestBlock *block)
 {
-    TestBlock block;
     int fd;
 
-    test_block_init(&block);
-    fill_pages(&block, 8, 15);
-    fd = block.rb.fd;
+    fill_pages(block, 8, 15);
+    fd = block->rb.fd;
     /* Punching would fail as well */
-    block.holes.disposable = false;
-    block.rb.fd = -1;
+    block->holes.disposable = false;
+    block->rb.fd = -1;
     stderr_capture();
-    zero_pages(&block, 6, 11);
-    zero_pages(&block, 6, 11);
+    zero_pages(block, 6, 11);
+    zero_pages(block, 6, 11);
     g_assert_cmpint(stderr_release(), ==, 1);
-    assert_pages(&block, 6, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    g_assert_true(ram_block_holes_known(&block.rb));
+    assert_pages(block, 6, 11, 0);
+    assert_pages(block, 12, 15, DATA);
+    g_assert_true(ram_block_holes_known(&block->rb));
 
-    block.rb.fd = fd;
-    g_assert_cmpint(allocated_pages(&block), ==, 10);
-    block.holes.disposable = true;
-    zero_pages(&block, 0, 11);
-    g_assert_cmpint(allocated_pages(&block), ==, 4);
-    assert_pages(&block, 12, 15, DATA);
-    test_block_destroy(&block);
+    block->rb.fd = fd;
+    g_assert_cmpint(allocated_pages(block), ==, 10);
+    block->holes.disposable = true;
+    zero_pages(block, 0, 11);
+    g_assert_cmpint(allocated_pages(block), ==, 4);
+    assert_pages(block, 12, 15, DATA);
 }
 
 /*
@@ -705,7 +781,7 @@ static void run_refused(const Refusal *refusal)
     char line[256] = "";
     TestBlock block;
 
-    test_block_init(&block);
+    memfd(&block);
     stderr_capture();
     /* Without cachestat(), which would make lseek() superfluous */
     if (!refuse(SYS_cachestat, ENOSYS) ||
@@ -767,28 +843,31 @@ static gint compare_addresses(gconstpointer a, gconstpointer b)
     return ((uintptr_t)a > (uintptr_t)b) - ((uintptr_t)a < (uintptr_t)b);
 }
 
-static void postcopy_init(TestBlock *block)
+static bool postcopy(TestBlock *block)
 {
     machine.postcopy = true;
-    test_block_init(block);
-    block->rb.postcopy_length = BLOCK_SIZE;
-    block->rb.receivedmap = bitmap_new(BLOCK_SIZE / TARGET_PAGE);
+    memfd(block);
+    block->rb.postcopy_length = RAM_SIZE;
+    block->rb.receivedmap = bitmap_new(RAM_SIZE / TARGET_PAGE);
     incoming.page_requested = g_tree_new(compare_addresses);
     incoming.page_requested_count = 0;
     incoming.postcopy_remote_fds = g_array_new(false, false, 1);
     incoming.postcopy_tmp_zero_page = (void *)ram_zero_page();
     incoming.userfault_fd = -1;
     qemu_mutex_init(&incoming.page_request_mutex);
+    return true;
 }
 
-static void postcopy_destroy(TestBlock *block)
+static void postcopy_end(TestBlock *block)
 {
+    if (incoming.userfault_fd >= 0) {
+        close(incoming.userfault_fd);
+    }
     qemu_mutex_destroy(&incoming.page_request_mutex);
     g_array_free(incoming.postcopy_remote_fds, true);
-    incoming.postcopy_remote_fds = NULL;
     g_tree_destroy(incoming.page_requested);
     g_free(block->rb.receivedmap);
-    test_block_destroy(block);
+    memset(&incoming, 0, sizeof(incoming));
 }
 
 /* Somebody waits for this page, or for an address that is no page of ours */
@@ -811,7 +890,7 @@ static void zero_pages_postcopy(TestBlock *block, unsigned first,
 /* Pages @first to @last have been received, and no others */
 static void assert_received(TestBlock *block, unsigned first, unsigned last)
 {
-    uint64_t pages = BLOCK_SIZE / TARGET_PAGE;
+    uint64_t pages = RAM_SIZE / TARGET_PAGE;
 
     g_assert_cmpint(find_first_bit(block->rb.receivedmap, pages), ==, first);
     g_assert_cmpint(find_next_zero_bit(block->rb.receivedmap, pages, first),
@@ -821,52 +900,40 @@ static void assert_received(TestBlock *block, unsigned first, unsigned last)
 }
 
 /* Before userfaultfd is registered nothing is different */
-static void test_postcopy_precopy_phase(void)
+static void test_postcopy_precopy_phase(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
-    g_assert_cmpint(zero_half(&block), ==, 4);
-    postcopy_destroy(&block);
+    g_assert_cmpint(zero_half(block), ==, 4);
 }
 
-static void test_postcopy_nobody_waits(void)
+static void test_postcopy_nobody_waits(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
-    zero_pages_postcopy(&block, 8, 8);
-    zero_pages_postcopy(&block, 9, 40);
-    assert_received(&block, 8, 40);
+    zero_pages_postcopy(block, 8, 8);
+    zero_pages_postcopy(block, 9, 40);
+    assert_received(block, 8, 40);
     g_assert_cmpint(machine.placed, ==, 0);
-    g_assert_cmpint(allocated_pages(&block), ==, 0);
-    postcopy_destroy(&block);
+    g_assert_cmpint(allocated_pages(block), ==, 0);
 }
 
-static void test_postcopy_requested(void)
+static void test_postcopy_requested(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
     /* At both ends of what arrives, in the middle, and next to it */
-    request_page(&block, -3);
-    request_page(&block, 7);
-    request_page(&block, 8);
-    request_page(&block, 20);
-    request_page(&block, 40);
-    request_page(&block, 41);
-    request_page(&block, 100);
+    request_page(block, -3);
+    request_page(block, 7);
+    request_page(block, 8);
+    request_page(block, 20);
+    request_page(block, 40);
+    request_page(block, 41);
+    request_page(block, 100);
 
-    zero_pages_postcopy(&block, 8, 40);
-    assert_received(&block, 8, 40);
+    zero_pages_postcopy(block, 8, 40);
+    assert_received(block, 8, 40);
     g_assert_cmpint(machine.placed, ==, 3);
-    g_assert_true(machine.placed_at == block.rb.host + 40 * TARGET_PAGE);
+    g_assert_true(machine.placed_at == block->rb.host + 40 * TARGET_PAGE);
     g_assert_cmpint(incoming.page_requested_count, ==, 4);
 
-    zero_pages_postcopy(&block, 41, 41);
+    zero_pages_postcopy(block, 41, 41);
     g_assert_cmpint(machine.placed, ==, 4);
-    g_assert_cmpint(allocated_pages(&block), ==, 0);
-    postcopy_destroy(&block);
+    g_assert_cmpint(allocated_pages(block), ==, 0);
 }
 
 /* Whatever may not be left a hole is placed, page by page. */
@@ -877,70 +944,53 @@ static void assert_all_placed(TestBlock *block)
     g_assert_cmpint(machine.placed, ==, 33);
 }
 
-static void test_postcopy_shared_faults(void)
+/* In precopy as well: the holes would still be there */
+static void assert_not_left_alone(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
-    g_array_set_size(incoming.postcopy_remote_fds, 1);
-    /* In precopy as well: the holes would still be there */
-    g_assert_cmpint(zero_half(&block), ==, 12);
-    ram_block_discard_all(&block);
-    assert_all_placed(&block);
-    postcopy_destroy(&block);
+    g_assert_cmpint(zero_half(block), ==, 12);
+    g_assert_no_errno(fallocate(block->rb.fd,
+                                FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                0, RAM_SIZE));
+    assert_all_placed(block);
 }
 
-static void test_postcopy_keep_populated(void)
+static void test_postcopy_shared_faults(TestBlock *block)
 {
-    TestBlock block;
+    g_array_set_size(incoming.postcopy_remote_fds, 1);
+    assert_not_left_alone(block);
+}
 
-    postcopy_init(&block);
-    block.holes.keep_populated = true;
-    g_assert_cmpint(zero_half(&block), ==, 12);
-    ram_block_discard_all(&block);
-    assert_all_placed(&block);
-    postcopy_destroy(&block);
+static void test_postcopy_keep_populated(TestBlock *block)
+{
+    block->holes.keep_populated = true;
+    assert_not_left_alone(block);
 }
 
 /* It does not mark pages as received, so that nobody would answer a fault */
-static void test_postcopy_rdma(void)
+static void test_postcopy_rdma(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
     machine.rdma = true;
-    g_assert_cmpint(zero_half(&block), ==, 12);
-    ram_block_discard_all(&block);
-    assert_all_placed(&block);
-    postcopy_destroy(&block);
+    assert_not_left_alone(block);
 }
 
-static void test_postcopy_holes_unknown(void)
+static void test_postcopy_holes_unknown(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
-    block.holes.kind = RAM_HOLES_UNKNOWN;
-    assert_all_placed(&block);
-    postcopy_destroy(&block);
+    block->holes.kind = RAM_HOLES_UNKNOWN;
+    assert_all_placed(block);
 }
 
 /*
  * One page should be a hole, but is not.  To place it will fail, which is
  * better than to take what is there.  That is no reason to allocate the others.
  */
-static void test_postcopy_not_a_hole(void)
+static void test_postcopy_not_a_hole(TestBlock *block)
 {
-    TestBlock block;
-
-    postcopy_init(&block);
-    fill_pages(&block, 30, 30);
-    zero_pages_postcopy(&block, 8, 40);
-    assert_received(&block, 8, 40);
+    fill_pages(block, 30, 30);
+    zero_pages_postcopy(block, 8, 40);
+    assert_received(block, 8, 40);
     g_assert_cmpint(machine.placed, ==, 1);
-    g_assert_true(machine.placed_at == block.rb.host + 30 * TARGET_PAGE);
-    g_assert_cmpint(allocated_pages(&block), ==, 1);
-    postcopy_destroy(&block);
+    g_assert_true(machine.placed_at == block->rb.host + 30 * TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(block), ==, 1);
 }
 
 static void *read_byte(void *opaque)
@@ -956,7 +1006,7 @@ static bool register_userfaultfd(TestBlock *block)
     return incoming.userfault_fd >= 0 &&
            uffd_query_features(&features) == 0 &&
            uffd_register_memory(incoming.userfault_fd, block->rb.host,
-                                BLOCK_SIZE, UFFDIO_REGISTER_MODE_MISSING,
+                                RAM_SIZE, UFFDIO_REGISTER_MODE_MISSING,
                                 NULL) == 0;
 }
 
@@ -971,92 +1021,67 @@ static void wait_for_fault(void)
 }
 
 /* With the real thing: whoever reads a hole gets a zero, and soon. */
-static void test_postcopy_fault(void)
+static void test_postcopy_fault(TestBlock *block)
 {
-    TestBlock block;
     GThread *reader;
 
-    postcopy_init(&block);
-    if (!register_userfaultfd(&block)) {
+    if (!register_userfaultfd(block)) {
         g_test_skip("userfaultfd is not available");
-        goto out;
+        return;
     }
-    zero_pages_postcopy(&block, 8, 40);
+    zero_pages_postcopy(block, 8, 40);
 
     reader = g_thread_new("reader", read_byte,
-                          block.rb.host + 20 * TARGET_PAGE);
+                          block->rb.host + 20 * TARGET_PAGE);
     wait_for_fault();
-    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block.rb,
+    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block->rb,
                                           20 * TARGET_PAGE), ==, 1);
     g_assert_true(g_thread_join(reader) == NULL);
-    g_assert_cmpint(allocated_pages(&block), ==, 1);
+    g_assert_cmpint(allocated_pages(block), ==, 1);
 
     /* Data that is there already stays there */
-    fill_pages(&block, 20, 20);
+    fill_pages(block, 20, 20);
     stderr_capture();
-    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block.rb,
+    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block->rb,
                                           20 * TARGET_PAGE), ==, 0);
     g_assert_cmpint(stderr_release(), ==, 0);
-    assert_pages(&block, 20, 20, DATA);
-out:
-    if (incoming.userfault_fd >= 0) {
-        close(incoming.userfault_fd);
-    }
-    postcopy_destroy(&block);
+    assert_pages(block, 20, 20, DATA);
 }
 
 /*
  * Another process has written to the page after the fault.  Nobody but us wakes
  * up who waits for it.
  */
-static void test_postcopy_fault_elsewhere(void)
+static void test_postcopy_fault_elsewhere(TestBlock *block)
 {
-    TestBlock block;
     GThread *reader;
-    uint8_t byte = DATA;
 
-    postcopy_init(&block);
-    if (!register_userfaultfd(&block)) {
+    if (!register_userfaultfd(block)) {
         g_test_skip("userfaultfd is not available");
-        goto out;
+        return;
     }
-    reader = g_thread_new("reader", read_byte, block.rb.host);
+    reader = g_thread_new("reader", read_byte, block->rb.host);
     wait_for_fault();
-    g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 0), ==, 1);
-    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block.rb, 0), ==, 0);
+    file_put(block->rb.fd, 0, DATA);
+    g_assert_cmpint(ram_handle_zero_fault(&incoming, &block->rb, 0), ==, 0);
     g_assert_true(g_thread_join(reader) == (void *)DATA);
-out:
-    if (incoming.userfault_fd >= 0) {
-        close(incoming.userfault_fd);
-    }
-    postcopy_destroy(&block);
 }
 
 /* The process's own copy of a page must not be taken for the file's hole. */
-static void test_private(void)
+static void test_private(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
-                           MAP_PRIVATE, 0);
-    fill_pages(&block, 8, 15);
-    zero_pages(&block, 4, 11);
-    assert_pages(&block, 4, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    test_block_destroy(&block);
+    fill_pages(block, 8, 15);
+    zero_pages(block, 4, 11);
+    assert_pages(block, 4, 11, 0);
+    assert_pages(block, 12, 15, DATA);
 }
 
-static void test_anonymous(void)
+static void test_anonymous(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init_mapped(&block, -1, 0, BLOCK_SIZE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, 0);
-    fill_pages(&block, 8, 15);
-    zero_pages(&block, 4, 11);
-    assert_pages(&block, 0, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    test_block_destroy(&block);
+    fill_pages(block, 8, 15);
+    zero_pages(block, 4, 11);
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 12, 15, DATA);
 }
 
 /* Private memory that is in the page tables, so that reading it is free */
@@ -1078,139 +1103,112 @@ static bool have_pagemap(void)
     return true;
 }
 
-static void test_block_init_anonymous(TestBlock *block, uint64_t size)
-{
-    test_block_init_mapped(block, -1, 0, size, MAP_PRIVATE | MAP_ANONYMOUS, 0);
-    /* One page is one page */
-    madvise(block->rb.host, size, MADV_NOHUGEPAGE);
-}
-
-static void assert_resident(TestBlock *block, int first, int last, int only)
+/* Of pages @first to @last, those from @from to @to are, and no others */
+static void assert_resident(TestBlock *block, int first, int last, int from,
+                            int to)
 {
     for (int i = first; i <= last; i++) {
-        g_assert_cmpint(is_resident(block, i), ==, i == only);
+        g_assert_cmpint(is_resident(block, i), ==, i >= from && i <= to);
     }
 }
 
-static void test_private_anonymous(void)
+static void test_private_anonymous(TestBlock *block)
 {
-    TestBlock block;
-
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_anonymous(&block, BLOCK_SIZE);
-    fill_pages(&block, 8, 15);
-    zero_pages(&block, 4, 11);
-    g_assert_true(is_resident(&block, 4));
-    zero_pages(&block, 14, 14 + PRIVATE_ASK_MIN - 1);
-    for (int i = 12; i < BLOCK_SIZE / TARGET_PAGE; i++) {
-        g_assert_cmpint(is_resident(&block, i), ==, i < 16);
-    }
-    assert_pages(&block, 0, 11, 0);
-    assert_pages(&block, 12, 13, DATA);
-    assert_pages(&block, 14, 63, 0);
-    test_block_destroy(&block);
+    fill_pages(block, 8, 15);
+    zero_pages(block, 4, 11);
+    g_assert_true(is_resident(block, 4));
+    zero_pages(block, 14, 14 + PRIVATE_ASK_MIN - 1);
+    assert_resident(block, 12, 63, 12, 15);
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 12, 13, DATA);
+    assert_pages(block, 14, 63, 0);
 }
 
 /* Pages that come one by one are asked about together, but not too many */
-static void test_private_run(void)
+static void test_private_run(TestBlock *block)
 {
-    TestBlock block;
     RAMZeroRun run = { };
     int max = PRIVATE_RUN_MAX / TARGET_PAGE;
 
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_anonymous(&block, 2 * PRIVATE_RUN_MAX);
-    fill_pages(&block, 33, 33);
-    fill_pages(&block, max + 1, max + 1);
+    test_block_init_anonymous(block, 2 * PRIVATE_RUN_MAX);
+    fill_pages(block, 33, 33);
+    fill_pages(block, max + 1, max + 1);
     for (int i = 0; i < max + PRIVATE_ASK_MIN; i++) {
-        assert_pages(&block, 33, 33, i < max ? DATA : 0);
-        ram_zero_run_add(&run, &block.rb, i * TARGET_PAGE, TARGET_PAGE);
+        assert_pages(block, 33, 33, i < max ? DATA : 0);
+        ram_zero_run_add(&run, &block->rb, i * TARGET_PAGE, TARGET_PAGE);
     }
-    assert_resident(&block, 0, max - 1, 33);
-    assert_pages(&block, max + 1, max + 1, DATA);
+    assert_resident(block, 0, max - 1, 33, 33);
+    assert_pages(block, max + 1, max + 1, DATA);
 
     ram_zero_run_flush(&run);
-    assert_resident(&block, max, 2 * max - 1, max + 1);
-    assert_pages(&block, 0, 2 * max - 1, 0);
-    test_block_destroy(&block);
+    assert_resident(block, max, 2 * max - 1, max + 1, max + 1);
+    assert_pages(block, 0, 2 * max - 1, 0);
 }
 
 /* A page that has been received must not be missing, see test_postcopy() */
-static void test_private_postcopy(void)
+static void test_private_postcopy(TestBlock *block)
 {
-    TestBlock block;
     RAMZeroRun run = { };
 
     machine.postcopy = true;
-    test_block_init_anonymous(&block, BLOCK_SIZE);
-    zero_pages(&block, 0, PRIVATE_ASK_MIN - 1);
-    ram_zero_run_add(&run, &block.rb, 40 * TARGET_PAGE, TARGET_PAGE);
-    for (int i = 0; i < BLOCK_SIZE / TARGET_PAGE; i++) {
-        g_assert_cmpint(is_resident(&block, i), ==,
-                        i < PRIVATE_ASK_MIN || i == 40);
-    }
-    test_block_destroy(&block);
+    test_block_init_anonymous(block, RAM_SIZE);
+    zero_pages(block, 0, PRIVATE_ASK_MIN - 1);
+    assert_resident(block, 0, 63, 0, PRIVATE_ASK_MIN - 1);
+    ram_zero_run_add(&run, &block->rb, 40 * TARGET_PAGE, TARGET_PAGE);
+    assert_resident(block, PRIVATE_ASK_MIN, 63, 40, 40);
 }
 
-static void test_private_tmpfs(void)
+static void test_private_tmpfs(TestBlock *block)
 {
-    TestBlock block;
     RAMZeroRun run = { };
     uint64_t pages;
-    uint8_t byte = DATA;
 
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
-                           MAP_PRIVATE, 0);
-    g_assert_cmpint(block.holes.kind, ==, RAM_HOLES_PRIVATE_SHMEM);
-    g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
-    fill_pages(&block, 8, 15);
-    g_assert_cmpint(allocated_pages(&block), ==, 1 + 8);
+    g_assert_cmpint(block->holes.kind, ==, RAM_HOLES_PRIVATE_SHMEM);
+    file_put(block->rb.fd, 2, DATA);
+    fill_pages(block, 8, 15);
+    g_assert_cmpint(allocated_pages(block), ==, 1 + 8);
 
-    zero_pages(&block, 0, 11);
-    g_assert_cmpint(allocated_pages(&block), ==, 1 + 8);
-    assert_pages(&block, 0, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
+    zero_pages(block, 0, 11);
+    g_assert_cmpint(allocated_pages(block), ==, 1 + 8);
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 12, 15, DATA);
 
     /* Pages that come one by one do not populate the file either */
-    pages = allocated_pages(&block);
-    zero_pages(&block, 24, 24);
+    pages = allocated_pages(block);
+    zero_pages(block, 24, 24);
     for (int i = 32; i < 40; i++) {
-        ram_zero_run_add(&run, &block.rb, i * TARGET_PAGE, TARGET_PAGE);
+        ram_zero_run_add(&run, &block->rb, i * TARGET_PAGE, TARGET_PAGE);
     }
     ram_zero_run_flush(&run);
-    g_assert_cmpint(allocated_pages(&block), ==, pages);
+    g_assert_cmpint(allocated_pages(block), ==, pages);
 
     /* What is in the file belongs to the file */
-    byte = 0;
-    g_assert_cmpint(pread(block.rb.fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
-    g_assert_cmpint(byte, ==, DATA);
-    test_block_destroy(&block);
+    g_assert_cmpint(file_get(block->rb.fd, 2), ==, DATA);
 }
 
 /* The caller may have supplied a mapping of anything. */
-static void test_private_preallocated(void)
+static void test_private_preallocated(TestBlock *block)
 {
-    TestBlock block;
-    int fd = memfd_new(BLOCK_SIZE);
-    uint8_t byte = DATA;
+    int fd = memfd_new(RAM_SIZE);
 
-    g_assert_cmpint(pwrite(fd, &byte, 1, 2 * TARGET_PAGE), ==, 1);
-    test_block_init_mapped(&block, fd, 0, BLOCK_SIZE, MAP_SHARED,
+    file_put(fd, 2, DATA);
+    test_block_init_mapped(block, fd, 0, RAM_SIZE, MAP_SHARED,
                            RAM_PREALLOC);
-    block.rb.fd = -1;
-    ram_block_holes_init(&block.holes, &block.rb);
-    g_assert_cmpint(block.holes.kind, ==, RAM_HOLES_UNKNOWN);
-    zero_pages(&block, 0, 11);
-    assert_pages(&block, 0, 11, 0);
+    block->rb.fd = -1;
+    ram_block_holes_init(&block->holes, &block->rb);
+    g_assert_cmpint(block->holes.kind, ==, RAM_HOLES_UNKNOWN);
+    zero_pages(block, 0, 11);
+    assert_pages(block, 0, 11, 0);
     close(fd);
-    test_block_destroy(&block);
 }
 
 /*
@@ -1238,132 +1236,99 @@ static void assert_absent(TestBlock *block)
     assert_pages(block, 21, 63, 0);
 }
 
-static void test_absent_shmem(void)
+static void test_absent_shmem(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    zero_absent(&block, 64);
-    g_assert_cmpint(allocated_pages(&block), ==, 5);
-    assert_absent(&block);
-    test_block_destroy(&block);
+    zero_absent(block, 64);
+    g_assert_cmpint(allocated_pages(block), ==, 5);
+    assert_absent(block);
 }
 
-static void test_absent_fd_offset(void)
+static void test_absent_fd_offset(TestBlock *block)
 {
-    TestBlock block;
-    int fd = memfd_new(3 * BLOCK_SIZE);
-    char *file = mmap(NULL, 3 * BLOCK_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
+    int fd = memfd_new(3 * RAM_SIZE);
+    char *file = mmap(NULL, 3 * RAM_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
                       fd, 0);
 
     g_assert_true(file != MAP_FAILED);
-    memset(file, DATA, BLOCK_SIZE);
-    memset(file + 2 * BLOCK_SIZE, DATA, BLOCK_SIZE);
-    test_block_init_mapped(&block, fd, BLOCK_SIZE, BLOCK_SIZE, MAP_SHARED,
+    memset(file, DATA, RAM_SIZE);
+    memset(file + 2 * RAM_SIZE, DATA, RAM_SIZE);
+    test_block_init_mapped(block, fd, RAM_SIZE, RAM_SIZE, MAP_SHARED,
                            RAM_SHARED);
     /* As if the rest of the file were written later */
-    block.holes.disposable = true;
+    block->holes.disposable = true;
     /* A file has more pages than the block does: not our neighbour's */
-    zero_absent(&block, 256);
-    g_assert_cmpint(allocated_pages(&block), ==, 64 + 5 + 64);
-    assert_absent(&block);
-    test_block_destroy(&block);
-    munmap(file, 3 * BLOCK_SIZE);
+    zero_absent(block, 256);
+    g_assert_cmpint(allocated_pages(block), ==, 64 + 5 + 64);
+    assert_absent(block);
+    munmap(file, 3 * RAM_SIZE);
 }
 
 /* What is behind the end of the bitmap is not the file's. */
-static void test_absent_short(void)
+static void test_absent_short(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    zero_absent(&block, 18);
-    g_assert_cmpint(allocated_pages(&block), ==, 4 + 6);
-    assert_pages(&block, 8, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    assert_pages(&block, 16, 17, 0);
-    assert_pages(&block, 18, 23, DATA);
-    test_block_destroy(&block);
+    zero_absent(block, 18);
+    g_assert_cmpint(allocated_pages(block), ==, 4 + 6);
+    assert_pages(block, 8, 11, 0);
+    assert_pages(block, 12, 15, DATA);
+    assert_pages(block, 16, 17, 0);
+    assert_pages(block, 18, 23, DATA);
 }
 
-static void test_absent_anonymous(void)
+static void test_absent_anonymous(TestBlock *block)
 {
-    TestBlock block;
-
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_anonymous(&block, BLOCK_SIZE);
-    zero_absent(&block, 64);
-    for (int i = 0; i < 64; i++) {
-        g_assert_cmpint(is_resident(&block, i), ==, i >= 8 && i < 24);
-    }
-    assert_absent(&block);
-    test_block_destroy(&block);
+    zero_absent(block, 64);
+    assert_resident(block, 0, 63, 8, 23);
+    assert_absent(block);
 }
 
-static void test_absent_shared_anonymous(void)
+static void test_absent_shared_anonymous(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init_mapped(&block, -1, 0, BLOCK_SIZE,
-                           MAP_SHARED | MAP_ANONYMOUS, RAM_SHARED);
-    zero_absent(&block, 64);
-    for (int i = 0; i < 64; i++) {
-        g_assert_cmpint(is_resident(&block, i), ==,
-                        (i >= 12 && i < 16) || i == 20);
-    }
-    assert_absent(&block);
-    test_block_destroy(&block);
+    zero_absent(block, 64);
+    assert_resident(block, 0, 19, 12, 15);
+    assert_resident(block, 20, 63, 20, 20);
+    assert_absent(block);
 }
 
-static void test_absent_private_file(void)
+static void test_absent_private_file(TestBlock *block)
 {
-    TestBlock block;
-    uint8_t byte = DATA;
-
     if (!have_pagemap()) {
         return;
     }
-    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
-                           MAP_PRIVATE, 0);
-    g_assert_cmpint(pwrite(block.rb.fd, &byte, 1, 40 * TARGET_PAGE), ==, 1);
-    zero_absent(&block, 64);
-    g_assert_cmpint(allocated_pages(&block), ==, 16 + 1);
-    assert_absent(&block);
-    test_block_destroy(&block);
+    file_put(block->rb.fd, 40, DATA);
+    zero_absent(block, 64);
+    g_assert_cmpint(allocated_pages(block), ==, 16 + 1);
+    assert_absent(block);
 }
 
-/* As it was without all this: nothing is done about them */
 /* What has to be read is read in slices. */
-static void test_absent_slices(void)
+static void test_absent_slices(TestBlock *block)
 {
     g_autofree unsigned long *present = NULL;
     const uint64_t size = 64 * MiB;
-    TestBlock block;
 
-    test_block_init_mapped(&block, memfd_new(size), 0, size, MAP_SHARED,
-                           RAM_SHARED);
-    block.holes.keep_populated = true;
-    zero_absent(&block, size / TARGET_PAGE);
+    test_block_init_file(block, memfd_new(size));
+    block->holes.keep_populated = true;
+    zero_absent(block, size / TARGET_PAGE);
     g_assert_cmpint(machine.yields, ==, 0);
 
-    g_assert_no_errno(fallocate(block.rb.fd, 0, 0, size));
-    fill_pages(&block, 0, size / TARGET_PAGE - 1);
-    zero_absent(&block, size / TARGET_PAGE);
+    g_assert_no_errno(fallocate(block->rb.fd, 0, 0, size));
+    fill_pages(block, 0, size / TARGET_PAGE - 1);
+    zero_absent(block, size / TARGET_PAGE);
     g_assert_cmpint(machine.yields, >=, 7);
 
     /* Asking about what the file has takes time, too */
     present = bitmap_new(size / TARGET_PAGE);
     bitmap_set(present, 0, size / TARGET_PAGE);
     machine.yields = 0;
-    ram_zero_absent_pages(&block.rb, present, size / TARGET_PAGE);
+    ram_zero_absent_pages(&block->rb, present, size / TARGET_PAGE);
     g_assert_cmpint(machine.yields, >, 0);
-    g_assert_true(sparse_file_is_zero(block.rb.fd, &(SparseRange) {
+    g_assert_true(sparse_file_is_zero(block->rb.fd, &(SparseRange) {
         .start = size / 2,
         .end = size,
     }) == 1);
-    test_block_destroy(&block);
 }
 
 /*
@@ -1372,11 +1337,13 @@ static void test_absent_slices(void)
  * What has not been received is known to be zero, but only at first.
  */
 
-static void setup(TestBlock *block)
+/* What starts with a block, whether it is pristine then */
+static bool is_pristine_at_start(TestBlock *block)
 {
     QLIST_INSERT_HEAD(&ram_list.blocks, &block->rb, next);
     ram_holes_setup();
     QLIST_REMOVE(&block->rb, next);
+    return ram_block_is_pristine(&block->rb);
 }
 
 static Object *x86_machine;
@@ -1388,307 +1355,201 @@ static void add_x86_machine(void)
     object_unref(x86_machine);
 }
 
-static void test_pristine(void)
+static void test_pristine(TestBlock *block)
 {
-    TestBlock block;
     MemoryRegion mr = { };
     Object *owner = object_new(TYPE_MEMORY_BACKEND_MEMFD);
 
     MEMORY_BACKEND(owner)->prealloc = true;
-    test_block_init(&block);
-    block.rb.mr = &mr;
+    memfd(block);
+    block->rb.mr = &mr;
     machine.owner = owner;
-    fill_pages(&block, 0, 63);
+    fill_pages(block, 0, 63);
 
     /* A machine that may write to it when it is reset */
     object_unparent(x86_machine);
-    setup(&block);
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(is_pristine_at_start(block));
     add_x86_machine();
-    block.holes.used = false;
+    block->holes.used = false;
 
-    setup(&block);
-    g_assert_true(ram_block_is_pristine(&block.rb));
-    zero_absent(&block, 64);
-    assert_pages(&block, 0, 63, DATA);
+    g_assert_true(is_pristine_at_start(block));
+    zero_absent(block, 64);
+    assert_pages(block, 0, 63, DATA);
 
     /* RDMA and postcopy need more than that */
     machine.rdma = true;
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(ram_block_is_pristine(&block->rb));
     machine.rdma = false;
     machine.postcopy = true;
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(ram_block_is_pristine(&block->rb));
     machine.postcopy = false;
 
     /* A second migration, after one that failed */
-    setup(&block);
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(is_pristine_at_start(block));
 
     /* A snapshot, for a guest that has run */
-    block.holes.used = false;
+    block->holes.used = false;
     machine.has_run = true;
-    setup(&block);
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(is_pristine_at_start(block));
     machine.has_run = false;
 
     /* The kernel can be asked */
-    block.holes.used = false;
+    block->holes.used = false;
     MEMORY_BACKEND(owner)->prealloc = false;
-    setup(&block);
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(is_pristine_at_start(block));
 
     /* Not the memory of a backend, so that it can be that of a ROM */
-    block.holes.used = false;
+    block->holes.used = false;
     machine.owner = NULL;
-    setup(&block);
-    g_assert_false(ram_block_is_pristine(&block.rb));
+    g_assert_false(is_pristine_at_start(block));
     object_unref(owner);
-    test_block_destroy(&block);
 }
 
 /* A file system that does not report holes in a way that can be relied upon */
-static void test_other_file(void)
+static void other_file_init(TestBlock *block, int fd, MemoryRegion *mr,
+                            Object *owner)
 {
-    TestBlock block;
+    /* A file of tmpfs will do: that is not asked any more */
+    test_block_init_file(block, dup(fd));
+    block->rb.mr = mr;
+    machine.owner = owner;
+    block->holes.kind = RAM_HOLES_OTHER_FILE;
+}
+
+static void test_other_file(TestBlock *block)
+{
     MemoryRegion mr = { };
     Object *owner = object_new(TYPE_MEMORY_BACKEND_FILE);
-    int fd = memfd_new(BLOCK_SIZE);
+    int fd = memfd_new(RAM_SIZE);
 
-    for (int i = 0; i < 3; i++) {
-        /* A file of tmpfs will do: that is not asked any more */
-        test_block_init_mapped(&block, dup(fd), 0, BLOCK_SIZE, MAP_SHARED,
-                               RAM_SHARED);
-        block.rb.mr = &mr;
-        machine.owner = owner;
-        block.holes.kind = RAM_HOLES_OTHER_FILE;
-        switch (i) {
-        case 0:
-            setup(&block);
-            g_assert_true(ram_block_is_pristine(&block.rb));
-            break;
-        case 1:
-            fill_pages(&block, 8, 15);
-            setup(&block);
-            g_assert_false(ram_block_is_pristine(&block.rb));
-            break;
-        case 2:
-            zero_pages(&block, 0, 11);
-            /* All that one read() got is read through the mapping then */
-            assert_pages(&block, 0, 11, 0);
-            assert_pages(&block, 12, 15, DATA);
-            zero_pages(&block, 16, 63);
-            g_assert_cmpint(allocated_pages(&block), <=, 16);
-            break;
-        }
-        test_block_destroy(&block);
-    }
+    other_file_init(block, fd, &mr, owner);
+    g_assert_true(is_pristine_at_start(block));
+    test_block_destroy(block);
+
+    other_file_init(block, fd, &mr, owner);
+    fill_pages(block, 8, 15);
+    g_assert_false(is_pristine_at_start(block));
+    test_block_destroy(block);
+
+    other_file_init(block, fd, &mr, owner);
+    zero_pages(block, 0, 11);
+    /* All that one read() got is read through the mapping then */
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 12, 15, DATA);
+    zero_pages(block, 16, 63);
+    g_assert_cmpint(allocated_pages(block), <=, 16);
+
     close(fd);
     object_unref(owner);
 }
 
-static void test_absent_switched_off(void)
+static void test_absent_switched_off(TestBlock *block)
 {
-    TestBlock block;
-
-    machine.ram_holes = false;
-    test_block_init(&block);
-    zero_absent(&block, 64);
-    g_assert_cmpint(allocated_pages(&block), ==, 16);
-    assert_pages(&block, 8, 23, DATA);
-    test_block_destroy(&block);
+    zero_absent(block, 64);
+    g_assert_cmpint(allocated_pages(block), ==, 16);
+    assert_pages(block, 8, 23, DATA);
 }
 
 /* x-ignore-shared: the memory is what it is, and no file has any of it. */
-static void test_absent_ignored(void)
+static void test_absent_ignored(TestBlock *block)
 {
-    TestBlock block;
-
     machine.ignored = true;
-    test_block_init(&block);
-    zero_absent(&block, 64);
-    g_assert_cmpint(allocated_pages(&block), ==, 16);
-    assert_pages(&block, 8, 23, DATA);
-    test_block_destroy(&block);
+    memfd(block);
+    zero_absent(block, 64);
+    g_assert_cmpint(allocated_pages(block), ==, 16);
+    assert_pages(block, 8, 23, DATA);
 }
 
-static void test_shared_anonymous(void)
+static void test_shared_anonymous(TestBlock *block)
 {
-    TestBlock block;
-    unsigned char resident[BLOCK_SIZE / TARGET_PAGE];
-
-    test_block_init_mapped(&block, -1, 0, BLOCK_SIZE,
-                           MAP_SHARED | MAP_ANONYMOUS, RAM_SHARED);
-    fill_pages(&block, 8, 15);
-    zero_pages(&block, 4, 11);
-    g_assert_no_errno(mincore(block.rb.host, BLOCK_SIZE, resident));
-    for (int i = 4; i < 16; i++) {
-        g_assert_cmpint(resident[i] & 1, ==, i >= 12);
-    }
-    assert_pages(&block, 4, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    test_block_destroy(&block);
+    fill_pages(block, 8, 15);
+    zero_pages(block, 4, 11);
+    assert_resident(block, 4, 15, 12, 15);
+    assert_pages(block, 4, 11, 0);
+    assert_pages(block, 12, 15, DATA);
 }
 
-/*
- * Sets up a block that consists of two pages of hugetlbfs, or skips the test.
- * With no reservation, so that a page that is given up would be missed.
- */
-static bool test_block_init_hugetlb(TestBlock *block)
+static void test_hugetlb(TestBlock *block)
 {
-    int fd = memfd_create("test-ram-holes", MFD_CLOEXEC | MFD_HUGETLB |
-                                            MFD_HUGE_2MB);
-    void *map;
+    g_assert_true(ram_block_holes_known(&block->rb));
+    g_assert_false(ram_block_may_punch(&block->rb));
 
-    if (fd < 0) {
-        g_test_skip("no hugetlb memfd on this kernel");
-        return false;
-    }
-    g_assert_no_errno(ftruncate(fd, 2 * HUGE_PAGE));
-    map = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (map == MAP_FAILED) {
-        g_test_skip("fewer than two free huge pages of 2 MiB"
-                    " (vm.nr_hugepages)");
-        close(fd);
-        return false;
-    }
-    munmap(map, 2 * HUGE_PAGE);
-    test_block_init_mapped(block, fd, 0, 2 * HUGE_PAGE, MAP_SHARED,
-                           RAM_SHARED);
-    return true;
-}
+    zero_pages(block, 0, 2 * PER_HUGE - 1);
+    g_assert_cmpint(allocated_pages(block), ==, 0);
 
-static void test_hugetlb(void)
-{
-    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    TestBlock block;
-
-    if (!test_block_init_hugetlb(&block)) {
-        return;
-    }
-    g_assert_true(ram_block_holes_known(&block.rb));
-    g_assert_false(ram_block_may_punch(&block.rb));
-
-    zero_pages(&block, 0, 2 * per_huge - 1);
-    g_assert_cmpint(allocated_pages(&block), ==, 0);
-
-    fill_pages(&block, 8, 15);
-    zero_pages(&block, 4, 11);
-    zero_pages(&block, per_huge, 2 * per_huge - 1);
-    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
-    assert_pages(&block, 0, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
+    fill_pages(block, 8, 15);
+    zero_pages(block, 4, 11);
+    zero_pages(block, PER_HUGE, 2 * PER_HUGE - 1);
+    g_assert_cmpint(allocated_pages(block), ==, PER_HUGE);
+    assert_pages(block, 0, 11, 0);
+    assert_pages(block, 12, 15, DATA);
 
     /* All of it zero, but its reservation is kept */
-    zero_pages(&block, 0, per_huge - 1);
-    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
-    assert_pages(&block, 0, per_huge - 1, 0);
-    test_block_destroy(&block);
+    zero_pages(block, 0, PER_HUGE - 1);
+    g_assert_cmpint(allocated_pages(block), ==, PER_HUGE);
+    assert_pages(block, 0, PER_HUGE - 1, 0);
 }
 
 /* Page tables are not asked about huge pages, see populated_memory_next() */
-static void test_private_hugetlb(void)
+static void test_private_hugetlb(TestBlock *block)
 {
-    TestBlock block;
+    char *file = hugetlb_map(block);
 
-    if (!test_block_init_hugetlb(&block)) {
-        return;
-    }
-    /* Old data is in the file, and the mapping becomes a private one */
-    fill_pages(&block, 8, 15);
-    munmap(block.rb.host, 2 * HUGE_PAGE);
-    test_block_init_mapped(&block, block.rb.fd, 0, 2 * HUGE_PAGE,
-                           MAP_PRIVATE | MAP_NORESERVE, 0);
-    block.rb.page_size = HUGE_PAGE;
-    fill_pages(&block, 16, 23);
-    zero_pages(&block, 4, 19);
-    assert_pages(&block, 0, 19, 0);
-    assert_pages(&block, 20, 23, DATA);
-    test_block_destroy(&block);
+    /* Old data is in the file */
+    memset(file + 8 * TARGET_PAGE, DATA, 8 * TARGET_PAGE);
+    munmap(file, 2 * HUGE_PAGE);
+    fill_pages(block, 16, 23);
+    zero_pages(block, 4, 19);
+    assert_pages(block, 0, 19, 0);
+    assert_pages(block, 20, 23, DATA);
 }
 
 /* A huge page that is neither in the page tables nor in the file stays away. */
-static void test_private_hugetlb_empty(void)
+static void test_private_hugetlb_empty(TestBlock *block)
 {
-    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    TestBlock block;
+    zero_pages(block, 0, 2 * PER_HUGE - 1);
+    g_assert_false(populated_huge_page(block->rb.host));
+    g_assert_false(populated_huge_page(block->rb.host + HUGE_PAGE));
 
-    if (!test_block_init_hugetlb(&block)) {
-        return;
-    }
-    munmap(block.rb.host, 2 * HUGE_PAGE);
-    g_assert_no_errno(ftruncate(block.rb.fd, 0));
-    g_assert_no_errno(ftruncate(block.rb.fd, 2 * HUGE_PAGE));
-    test_block_init_mapped(&block, block.rb.fd, 0, 2 * HUGE_PAGE,
-                           MAP_PRIVATE | MAP_NORESERVE, 0);
-    block.rb.page_size = HUGE_PAGE;
-
-    zero_pages(&block, 0, 2 * per_huge - 1);
-    g_assert_false(populated_huge_page(block.rb.host));
-    g_assert_false(populated_huge_page(block.rb.host + HUGE_PAGE));
-
-    fill_pages(&block, per_huge, per_huge + 7);
-    zero_pages(&block, per_huge - 4, per_huge + 3);
-    g_assert_false(populated_huge_page(block.rb.host));
-    assert_pages(&block, per_huge, per_huge + 3, 0);
-    assert_pages(&block, per_huge + 4, per_huge + 7, DATA);
-    test_block_destroy(&block);
+    fill_pages(block, PER_HUGE, PER_HUGE + 7);
+    zero_pages(block, PER_HUGE - 4, PER_HUGE + 3);
+    g_assert_false(populated_huge_page(block->rb.host));
+    assert_pages(block, PER_HUGE, PER_HUGE + 3, 0);
+    assert_pages(block, PER_HUGE + 4, PER_HUGE + 7, DATA);
 }
 
 /*
  * Another process can have written to a huge page that is not in our page
  * tables.
  */
-static void test_absent_hugetlb(void)
+static void test_absent_hugetlb(TestBlock *block)
 {
-    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    TestBlock block;
-    uint8_t *other;
+    char *other;
 
-    if (!test_block_init_hugetlb(&block)) {
-        return;
-    }
-    zero_absent(&block, 2 * per_huge);
-    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
-    assert_pages(&block, 8, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    assert_pages(&block, 16, 19, 0);
-    assert_pages(&block, 20, 20, DATA);
-    assert_pages(&block, 21, per_huge - 1, 0);
-    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+    zero_absent(block, 2 * PER_HUGE);
+    g_assert_cmpint(allocated_pages(block), ==, PER_HUGE);
+    assert_pages(block, 8, 11, 0);
+    assert_pages(block, 12, 15, DATA);
+    assert_pages(block, 16, 19, 0);
+    assert_pages(block, 20, 20, DATA);
+    assert_pages(block, 21, PER_HUGE - 1, 0);
+    g_assert_cmpint(allocated_pages(block), ==, PER_HUGE);
 
-    other = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
-                 block.rb.fd, 0);
-    g_assert_true(other != MAP_FAILED);
-    other[HUGE_PAGE + 5 * TARGET_PAGE] = DATA;
-    zero_absent(&block, 2 * per_huge);
+    other = hugetlb_map(block);
+    other[HUGE_PAGE + 5 * TARGET_PAGE] = 1;
+    zero_absent(block, 2 * PER_HUGE);
     g_assert_cmpint(other[HUGE_PAGE + 5 * TARGET_PAGE], ==, 0);
     munmap(other, 2 * HUGE_PAGE);
-    test_block_destroy(&block);
 }
 
 /* There may be no huge page left for what is not there yet. */
-static void test_absent_private_hugetlb(void)
+static void test_absent_private_hugetlb(TestBlock *block)
 {
-    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    TestBlock block;
-    int fd;
-
-    if (!test_block_init_hugetlb(&block)) {
-        return;
-    }
-    fd = block.rb.fd;
-    g_assert_no_errno(ftruncate(fd, 0));
-    g_assert_no_errno(ftruncate(fd, 2 * HUGE_PAGE));
-    munmap(block.rb.host, 2 * HUGE_PAGE);
-    test_block_init_mapped(&block, fd, 0, 2 * HUGE_PAGE, MAP_PRIVATE, 0);
-    block.rb.page_size = HUGE_PAGE;
-
-    zero_absent(&block, 2 * per_huge);
-    g_assert_false(populated_huge_page(block.rb.host + HUGE_PAGE));
-    assert_pages(&block, 8, 11, 0);
-    assert_pages(&block, 12, 15, DATA);
-    assert_pages(&block, 16, 19, 0);
-    test_block_destroy(&block);
+    zero_absent(block, 2 * PER_HUGE);
+    g_assert_false(populated_huge_page(block->rb.host + HUGE_PAGE));
+    assert_pages(block, 8, 11, 0);
+    assert_pages(block, 12, 15, DATA);
+    assert_pages(block, 16, 19, 0);
 }
 
 /*
@@ -1696,59 +1557,52 @@ static void test_absent_private_hugetlb(void)
  * place; whole ones, and what cannot be one, are punched.  The pages here are
  * small, but that is more than the code knows.
  */
-static void test_thp(void)
+static void test_thp(TestBlock *block)
 {
-    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    uint64_t size = 4 * HUGE_PAGE;
-    TestBlock block;
+    test_block_init_file(block, memfd_new(4 * HUGE_PAGE));
+    block->holes.thp_size = HUGE_PAGE;
 
-    test_block_init_mapped(&block, memfd_new(size), 0, size, MAP_SHARED,
-                           RAM_SHARED);
-    block.holes.thp_size = HUGE_PAGE;
-
-    fill_pages(&block, 0, 4 * per_huge - 1);
-    zero_pages(&block, per_huge / 2, 3 * per_huge + 7);
-    g_assert_cmpint(allocated_pages(&block), ==, 2 * per_huge);
-    assert_pages(&block, 0, per_huge / 2 - 1, DATA);
-    assert_pages(&block, per_huge / 2, per_huge - 1, 0);
-    assert_pages(&block, 3 * per_huge, 3 * per_huge + 7, 0);
-    assert_pages(&block, 3 * per_huge + 8, 4 * per_huge - 1, DATA);
+    fill_pages(block, 0, 4 * PER_HUGE - 1);
+    zero_pages(block, PER_HUGE / 2, 3 * PER_HUGE + 7);
+    g_assert_cmpint(allocated_pages(block), ==, 2 * PER_HUGE);
+    assert_pages(block, 0, PER_HUGE / 2 - 1, DATA);
+    assert_pages(block, PER_HUGE / 2, PER_HUGE - 1, 0);
+    assert_pages(block, 3 * PER_HUGE, 3 * PER_HUGE + 7, 0);
+    assert_pages(block, 3 * PER_HUGE + 8, 4 * PER_HUGE - 1, DATA);
 
     /* With a hole next to it, it is not a huge page */
-    fill_pages(&block, per_huge + 8, per_huge + 15);
-    g_assert_cmpint(allocated_pages(&block), ==, 2 * per_huge + 8);
-    zero_pages(&block, per_huge + 8, per_huge + 11);
-    g_assert_cmpint(allocated_pages(&block), ==, 2 * per_huge + 4);
-    assert_pages(&block, per_huge + 12, per_huge + 15, DATA);
-    test_block_destroy(&block);
+    fill_pages(block, PER_HUGE + 8, PER_HUGE + 15);
+    g_assert_cmpint(allocated_pages(block), ==, 2 * PER_HUGE + 8);
+    zero_pages(block, PER_HUGE + 8, PER_HUGE + 11);
+    g_assert_cmpint(allocated_pages(block), ==, 2 * PER_HUGE + 4);
+    assert_pages(block, PER_HUGE + 12, PER_HUGE + 15, DATA);
 }
 
-static void test_run(void)
+static void test_run(TestBlock *block)
 {
-    TestBlock block, other;
+    TestBlock other;
     RAMZeroRun run = { };
 
-    test_block_init(&block);
-    test_block_init(&other);
+    memfd(&other);
     ram_zero_run_flush(&run);
 
     /* Pages that touch are gathered, in either direction */
-    fill_pages(&block, 0, 7);
+    fill_pages(block, 0, 7);
     fill_pages(&other, 0, 7);
-    ram_zero_run_add(&run, &block.rb, 2 * TARGET_PAGE, TARGET_PAGE);
-    ram_zero_run_add(&run, &block.rb, 3 * TARGET_PAGE, TARGET_PAGE);
-    ram_zero_run_add(&run, &block.rb, 1 * TARGET_PAGE, TARGET_PAGE);
-    g_assert_cmpint(allocated_pages(&block), ==, 8);
+    ram_zero_run_add(&run, &block->rb, 2 * TARGET_PAGE, TARGET_PAGE);
+    ram_zero_run_add(&run, &block->rb, 3 * TARGET_PAGE, TARGET_PAGE);
+    ram_zero_run_add(&run, &block->rb, 1 * TARGET_PAGE, TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(block), ==, 8);
 
     /* A gap ends the run */
-    ram_zero_run_add(&run, &block.rb, 6 * TARGET_PAGE, TARGET_PAGE);
-    g_assert_cmpint(allocated_pages(&block), ==, 5);
-    assert_pages(&block, 0, 0, DATA);
-    assert_pages(&block, 4, 7, DATA);
+    ram_zero_run_add(&run, &block->rb, 6 * TARGET_PAGE, TARGET_PAGE);
+    g_assert_cmpint(allocated_pages(block), ==, 5);
+    assert_pages(block, 0, 0, DATA);
+    assert_pages(block, 4, 7, DATA);
 
     /* So does another block, even if the offset would fit */
     ram_zero_run_add(&run, &other.rb, 7 * TARGET_PAGE, TARGET_PAGE);
-    g_assert_cmpint(allocated_pages(&block), ==, 4);
+    g_assert_cmpint(allocated_pages(block), ==, 4);
     g_assert_cmpint(allocated_pages(&other), ==, 8);
 
     ram_zero_run_flush(&run);
@@ -1759,10 +1613,9 @@ static void test_run(void)
     ram_zero_run_flush(&run);
     g_assert_cmpint(allocated_pages(&other), ==, 8);
     test_block_destroy(&other);
-    test_block_destroy(&block);
 }
 
-static void test_clear_memory(void)
+static void test_clear_memory(TestBlock *block)
 {
     uint8_t *p = mmap(NULL, 4 * TARGET_PAGE, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -1793,222 +1646,186 @@ static bool is_hole(TestBlock *block, unsigned page, unsigned npages)
     return hole_pages(block, page, page + npages) == npages;
 }
 
-static void test_save_find_hole(void)
+static void test_save_find_hole(TestBlock *block)
 {
-    TestBlock block;
     uint64_t data;
 
-    test_block_init(&block);
-    fill_pages(&block, 8, 15);
+    fill_pages(block, 8, 15);
 
-    g_assert_cmpint(hole_pages(&block, 0, 64), ==, 8);
-    g_assert_cmpint(hole_pages(&block, 8, 64), ==, 0);
-    g_assert_cmpint(hole_pages(&block, 15, 64), ==, 0);
-    g_assert_cmpint(hole_pages(&block, 16, 64), ==, 48);
-    g_assert_cmpint(hole_pages(&block, 2, 4), ==, 2);
+    g_assert_cmpint(hole_pages(block, 0, 64), ==, 8);
+    g_assert_cmpint(hole_pages(block, 8, 64), ==, 0);
+    g_assert_cmpint(hole_pages(block, 15, 64), ==, 0);
+    g_assert_cmpint(hole_pages(block, 16, 64), ==, 48);
+    g_assert_cmpint(hole_pages(block, 2, 4), ==, 2);
 
-    g_assert_cmpint(ram_block_hole_length(&block.rb, 0, BLOCK_SIZE, &data), ==,
+    g_assert_cmpint(ram_block_hole_length(&block->rb, 0, RAM_SIZE, &data), ==,
                     8 * TARGET_PAGE);
     g_assert_cmpint(data, >, 0);
     g_assert_cmpint(data, <=, 8 * TARGET_PAGE);
-    g_assert_cmpint(ram_block_hole_length(&block.rb, 0, TARGET_PAGE, &data), ==,
-                    TARGET_PAGE);
+    g_assert_cmpint(ram_block_hole_length(&block->rb, 0, TARGET_PAGE, &data),
+                    ==, TARGET_PAGE);
     g_assert_cmpint(data, ==, 0);
 
     /* Looking has not allocated anything */
-    g_assert_cmpint(allocated_pages(&block), ==, 8);
-    test_block_destroy(&block);
+    g_assert_cmpint(allocated_pages(block), ==, 8);
 }
 
-static void test_save_run(void)
+static void test_save_run(TestBlock *block)
 {
-    TestBlock block;
     RAMKnownData data = { };
 
-    test_block_init(&block);
-    fill_pages(&block, 8, 15);
-    block.rb.bmap = bitmap_new(64);
-    bitmap_set(block.rb.bmap, 0, 64);
-    block.rb.clear_bmap = bitmap_new(4);
-    block.rb.clear_bmap_shift = 6;
+    fill_pages(block, 8, 15);
+    block->rb.bmap = bitmap_new(64);
+    bitmap_set(block->rb.bmap, 0, 64);
+    block->rb.clear_bmap = bitmap_new(4);
+    block->rb.clear_bmap_shift = 6;
 
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 0, 64, &data), ==, 8);
-    g_assert_true(data.rb == &block.rb);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 0, 64, &data), ==, 8);
+    g_assert_true(data.rb == &block->rb);
     g_assert_cmpint(data.range.start, ==, 8 * TARGET_PAGE);
     g_assert_cmpint(data.range.end, >, data.range.start);
     g_assert_cmpint(data.range.end, <=, 16 * TARGET_PAGE);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 2, 4, &data), ==, 2);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 15, 64, &data), ==, 0);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 16, 64, &data), ==, 48);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 2, 4, &data), ==, 2);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 15, 64, &data), ==, 0);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 16, 64, &data), ==, 48);
 
     /* Data that was found is not looked at again, a hole is */
     data.range = (SparseRange) { 20 * TARGET_PAGE, 24 * TARGET_PAGE };
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 21, 64, &data), ==, 0);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 24, 64, &data), ==, 40);
-    fill_pages(&block, 30, 30);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 24, 64, &data), ==, 6);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 21, 64, &data), ==, 0);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 24, 64, &data), ==, 40);
+    fill_pages(block, 30, 30);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 24, 64, &data), ==, 6);
 
     /* Pages that are not dirty are not sent */
-    clear_bit(50, block.rb.bmap);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 40, 64, &data), ==, 10);
+    clear_bit(50, block->rb.bmap);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 40, 64, &data), ==, 10);
 
     /* The next chunk has dirty bits that have not been cleared yet */
-    block.rb.clear_bmap_shift = 4;
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 20, 64, &data), ==, 10);
-    g_assert_cmpint(ram_find_hole_run(&block.rb, 33, 64, &data), ==, 15);
+    block->rb.clear_bmap_shift = 4;
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 20, 64, &data), ==, 10);
+    g_assert_cmpint(ram_find_hole_run(&block->rb, 33, 64, &data), ==, 15);
 
-    g_free(block.rb.clear_bmap);
-    g_free(block.rb.bmap);
-    test_block_destroy(&block);
+    g_free(block->rb.clear_bmap);
+    g_free(block->rb.bmap);
 }
 
 /* A page may be larger than what the file consists of. */
-static void test_save_large_page(void)
+static void test_save_large_page(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    fill_pages(&block, 3, 3);
-    fill_pages(&block, 12, 12);
-    fill_pages(&block, 31, 31);
+    fill_pages(block, 3, 3);
+    fill_pages(block, 12, 12);
+    fill_pages(block, 31, 31);
 
     /* Hole, then data */
-    g_assert_false(is_hole(&block, 2, 2));
-    g_assert_true(is_hole(&block, 0, 2));
+    g_assert_false(is_hole(block, 2, 2));
+    g_assert_true(is_hole(block, 0, 2));
     /* Data, then hole */
-    g_assert_false(is_hole(&block, 12, 2));
+    g_assert_false(is_hole(block, 12, 2));
     /* Data in the middle, and at the end */
-    g_assert_false(is_hole(&block, 8, 8));
-    g_assert_false(is_hole(&block, 16, 16));
-    g_assert_true(is_hole(&block, 16, 8));
-    g_assert_true(is_hole(&block, 32, 16));
-    test_block_destroy(&block);
+    g_assert_false(is_hole(block, 8, 8));
+    g_assert_false(is_hole(block, 16, 16));
+    g_assert_true(is_hole(block, 16, 8));
+    g_assert_true(is_hole(block, 32, 16));
 }
 
 /* A look-up that is refused makes what was asked about data, no more */
-static void test_save_lseek_refused(void)
+static void test_save_lseek_refused(TestBlock *block)
 {
-    TestBlock block;
     int fd;
 
-    test_block_init(&block);
-    fd = block.rb.fd;
-    block.rb.fd = -1;
+    fd = block->rb.fd;
+    block->rb.fd = -1;
     stderr_capture();
-    g_assert_false(is_hole(&block, 0, 1));
-    g_assert_false(is_hole(&block, 1, 1));
+    g_assert_false(is_hole(block, 0, 1));
+    g_assert_false(is_hole(block, 1, 1));
     g_assert_cmpint(stderr_release(), ==, 1);
-    block.rb.fd = fd;
-    test_block_destroy(&block);
+    block->rb.fd = fd;
 }
 
-static void test_save_unknown(void)
+static void test_save_unknown(TestBlock *block)
 {
-    TestBlock block;
+    g_assert_false(is_hole(block, 0, 1));
+    test_block_destroy(block);
 
-    machine.ram_holes = false;
-    test_block_init(&block);
-    g_assert_false(is_hole(&block, 0, 1));
-    test_block_destroy(&block);
-
-    test_block_init_mapped(&block, memfd_new(BLOCK_SIZE), 0, BLOCK_SIZE,
-                           MAP_PRIVATE, 0);
-    block.rb.host[0] = DATA;
-    g_assert_false(is_hole(&block, 0, 1));
-    test_block_destroy(&block);
+    private_memfd(block);
+    block->rb.host[0] = DATA;
+    g_assert_false(is_hole(block, 0, 1));
 }
 
-static void test_save_hugetlb(void)
+static void test_save_hugetlb(TestBlock *block)
 {
-    uint64_t per_huge = HUGE_PAGE / TARGET_PAGE;
-    TestBlock block;
-    uint8_t *other;
+    char *other;
 
-    if (!test_block_init_hugetlb(&block)) {
-        return;
-    }
-    block.rb.page_size = HUGE_PAGE;
-    g_assert_true(is_hole(&block, 0, 2 * per_huge));
-    g_assert_true(is_hole(&block, per_huge + 3, 1));
+    block->rb.page_size = HUGE_PAGE;
+    g_assert_true(is_hole(block, 0, 2 * PER_HUGE));
+    g_assert_true(is_hole(block, PER_HUGE + 3, 1));
 
     /* The sizes show that there is one huge page, and which */
-    block.rb.host[0] = DATA;
-    g_assert_false(is_hole(&block, 0, 1));
-    g_assert_false(is_hole(&block, per_huge - 1, 1));
-    g_assert_true(is_hole(&block, per_huge, per_huge));
-    g_assert_cmpint(allocated_pages(&block), ==, per_huge);
+    block->rb.host[0] = DATA;
+    g_assert_false(is_hole(block, 0, 1));
+    g_assert_false(is_hole(block, PER_HUGE - 1, 1));
+    g_assert_true(is_hole(block, PER_HUGE, PER_HUGE));
+    g_assert_cmpint(allocated_pages(block), ==, PER_HUGE);
 
     /* Written by another process, which this one cannot see */
-    other = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
-                 block.rb.fd, 0);
-    g_assert_true(other != MAP_FAILED);
+    other = hugetlb_map(block);
     other[2 * HUGE_PAGE - 1] = DATA;
-    g_assert_false(is_hole(&block, per_huge, per_huge));
+    g_assert_false(is_hole(block, PER_HUGE, PER_HUGE));
     munmap(other, 2 * HUGE_PAGE);
-    test_block_destroy(&block);
 }
 
 /* Until a page has arrived, a reader has to wait for it in the mapping */
-static void test_save_not_arrived(void)
+static void test_save_not_arrived(TestBlock *block)
 {
     static const PostcopyState active[] = {
         POSTCOPY_INCOMING_LISTENING, POSTCOPY_INCOMING_RUNNING,
     };
-    TestBlock block;
 
-    test_block_init(&block);
-    fill_pages(&block, 20, 20);
-    block.rb.receivedmap = bitmap_new(BLOCK_SIZE / TARGET_PAGE);
-    bitmap_set(block.rb.receivedmap, 8, 16);
+    fill_pages(block, 20, 20);
+    block->rb.receivedmap = bitmap_new(RAM_SIZE / TARGET_PAGE);
+    bitmap_set(block->rb.receivedmap, 8, 16);
     for (int i = 0; i < ARRAY_SIZE(active); i++) {
         uint64_t length;
 
         machine.postcopy_state = active[i];
-        g_assert_false(is_hole(&block, 0, 1));
-        g_assert_false(is_hole(&block, 7, 2));
-        g_assert_true(is_hole(&block, 8, 12));
-        g_assert_false(is_hole(&block, 20, 1));
-        g_assert_true(is_hole(&block, 21, 3));
-        g_assert_false(is_hole(&block, 24, 1));
-        g_assert_false(ram_block_extent(&block.rb, 0, BLOCK_SIZE, &length));
+        g_assert_false(is_hole(block, 0, 1));
+        g_assert_false(is_hole(block, 7, 2));
+        g_assert_true(is_hole(block, 8, 12));
+        g_assert_false(is_hole(block, 20, 1));
+        g_assert_true(is_hole(block, 21, 3));
+        g_assert_false(is_hole(block, 24, 1));
+        g_assert_false(ram_block_extent(&block->rb, 0, RAM_SIZE, &length));
         g_assert_cmpint(length, ==, 8 * TARGET_PAGE);
         /* The loader itself knows better */
-        g_assert_cmpint(ram_block_extent_raw(&block.rb, 0, BLOCK_SIZE, &length),
+        g_assert_cmpint(ram_block_extent_raw(&block->rb, 0, RAM_SIZE, &length),
                         ==, 0);
         g_assert_cmpint(length, ==, 20 * TARGET_PAGE);
     }
     machine.postcopy_state = POSTCOPY_INCOMING_END;
-    g_assert_true(is_hole(&block, 0, 20));
+    g_assert_true(is_hole(block, 0, 20));
     machine.postcopy_state = POSTCOPY_INCOMING_NONE;
-    g_free(block.rb.receivedmap);
-    test_block_destroy(&block);
+    g_free(block->rb.receivedmap);
 }
 
-static void test_block_is_zero(void)
+static void test_block_is_zero(TestBlock *block)
 {
-    TestBlock block;
-
-    test_block_init(&block);
-    g_assert_true(ram_block_is_zero(&block.rb, 0, BLOCK_SIZE));
-    fill_pages(&block, 8, 8);
-    g_assert_false(ram_block_is_zero(&block.rb, 0, BLOCK_SIZE));
-    g_assert_true(ram_block_is_zero(&block.rb, 9 * TARGET_PAGE,
-                                    BLOCK_SIZE - 9 * TARGET_PAGE));
-    memset(block.rb.host + 8 * TARGET_PAGE, 0, TARGET_PAGE);
-    g_assert_true(ram_block_is_zero(&block.rb, 0, BLOCK_SIZE));
-    g_assert_cmpint(allocated_pages(&block), ==, 1);
-    test_block_destroy(&block);
+    g_assert_true(ram_block_is_zero(&block->rb, 0, RAM_SIZE));
+    fill_pages(block, 8, 8);
+    g_assert_false(ram_block_is_zero(&block->rb, 0, RAM_SIZE));
+    g_assert_true(ram_block_is_zero(&block->rb, 9 * TARGET_PAGE,
+                                    RAM_SIZE - 9 * TARGET_PAGE));
+    memset(block->rb.host + 8 * TARGET_PAGE, 0, TARGET_PAGE);
+    g_assert_true(ram_block_is_zero(&block->rb, 0, RAM_SIZE));
+    g_assert_cmpint(allocated_pages(block), ==, 1);
 }
 
-static void test_page_to_read(void)
+static void test_page_to_read(TestBlock *block)
 {
-    TestBlock block;
     uint8_t *host;
 
-    test_block_init(&block);
-    host = block.rb.host;
-    machine.rb = &block.rb;
-    fill_pages(&block, 1, 1);
+    host = block->rb.host;
+    machine.rb = &block->rb;
+    fill_pages(block, 1, 1);
 
     g_assert_true(ram_page_to_read(host, TARGET_PAGE) == ram_zero_page());
     g_assert_true(ram_page_to_read(host + TARGET_PAGE, TARGET_PAGE) ==
@@ -2018,8 +1835,94 @@ static void test_page_to_read(void)
     g_assert_true(ram_page_to_read(host + 16 * TARGET_PAGE,
                                    RAM_ZERO_PAGE_SIZE) == ram_zero_page());
     /* Not guest RAM */
-    g_assert_true(ram_page_to_read(&block, 1) == &block);
-    g_assert_cmpint(allocated_pages(&block), ==, 1);
+    g_assert_true(ram_page_to_read(block, 1) == block);
+    g_assert_cmpint(allocated_pages(block), ==, 1);
+}
+
+typedef struct BlockTest {
+    /* Path below /ram-holes */
+    const char *name;
+    /* What it gets, see memfd() */
+    bool (*setup)(TestBlock *block);
+    void (*run)(TestBlock *block);
+} BlockTest;
+
+static const BlockTest tests[] = {
+    { "hole-and-punched", memfd, test_hole_and_punched },
+    { "fd-offset", none, test_fd_offset },
+    { "keep/discard-disabled", memfd, test_discard_disabled },
+    { "keep/rdma", memfd, test_rdma },
+    { "keep/mlock", none, test_mlock },
+    { "keep/reserved", none, test_reserved },
+    { "keep/used", none, test_used },
+    { "keep/created-by-qemu", none, test_created_by_qemu },
+    { "keep/vhost", none, test_vhost },
+    { "keep/readonly-fd", memfd, test_readonly_fd },
+    { "keep/sealed", memfd, test_sealed },
+    { "keep/discard-manager", none, test_discard_manager },
+    { "postcopy/precopy-phase", postcopy, test_postcopy_precopy_phase },
+    { "postcopy/nobody-waits", postcopy, test_postcopy_nobody_waits },
+    { "postcopy/requested", postcopy, test_postcopy_requested },
+    { "postcopy/shared-faults", postcopy, test_postcopy_shared_faults },
+    { "postcopy/keep-populated", postcopy, test_postcopy_keep_populated },
+    { "postcopy/rdma", postcopy, test_postcopy_rdma },
+    { "postcopy/holes-unknown", postcopy, test_postcopy_holes_unknown },
+    { "postcopy/not-a-hole", postcopy, test_postcopy_not_a_hole },
+    { "postcopy/fault", postcopy, test_postcopy_fault },
+    { "postcopy/fault-elsewhere", postcopy, test_postcopy_fault_elsewhere },
+    { "unknown/switched-off", switched_off, test_switched_off },
+    { "unknown/not-set-up", memfd, test_not_set_up },
+    { "unknown/find-failed", memfd, test_find_failed },
+    { "unknown/private", private_memfd, test_private },
+    { "unknown/anonymous", anonymous, test_anonymous },
+    { "shared-anonymous", shared_anonymous, test_shared_anonymous },
+    { "private/anonymous", anonymous, test_private_anonymous },
+    { "private/run", none, test_private_run },
+    { "private/postcopy", none, test_private_postcopy },
+    { "private/tmpfs", private_memfd, test_private_tmpfs },
+    { "private/hugetlb", private_hugetlb, test_private_hugetlb },
+    { "private/hugetlb-empty", private_hugetlb, test_private_hugetlb_empty },
+    { "private/preallocated", none, test_private_preallocated },
+    { "absent/shmem", memfd, test_absent_shmem },
+    { "absent/fd-offset", none, test_absent_fd_offset },
+    { "absent/short", memfd, test_absent_short },
+    { "absent/anonymous", anonymous, test_absent_anonymous },
+    { "absent/shared-anonymous", shared_anonymous,
+      test_absent_shared_anonymous },
+    { "absent/private-file", private_memfd, test_absent_private_file },
+    { "absent/hugetlb", hugetlb, test_absent_hugetlb },
+    { "absent/private-hugetlb", private_hugetlb, test_absent_private_hugetlb },
+    { "absent/switched-off", switched_off, test_absent_switched_off },
+    { "absent/slices", none, test_absent_slices },
+    { "pristine", none, test_pristine },
+    { "other-file", none, test_other_file },
+    { "absent/ignored", none, test_absent_ignored },
+    { "hugetlb", hugetlb, test_hugetlb },
+    { "thp", none, test_thp },
+    { "run", memfd, test_run },
+    { "clear-memory", none, test_clear_memory },
+    { "save/find-hole", memfd, test_save_find_hole },
+    { "save/run", memfd, test_save_run },
+    { "save/large-page", memfd, test_save_large_page },
+    { "save/lseek-refused", memfd, test_save_lseek_refused },
+    { "save/unknown", switched_off, test_save_unknown },
+    { "save/hugetlb", hugetlb, test_save_hugetlb },
+    { "save/not-arrived", memfd, test_save_not_arrived },
+    { "save/is-zero", memfd, test_block_is_zero },
+    { "save/page-to-read", memfd, test_page_to_read },
+};
+
+static void run_test(const void *opaque)
+{
+    const BlockTest *test = opaque;
+    TestBlock block = { .rb.fd = -1 };
+
+    if (test->setup(&block)) {
+        test->run(&block);
+    }
+    if (test->setup == postcopy) {
+        postcopy_end(&block);
+    }
     test_block_destroy(&block);
 }
 
@@ -2032,79 +1935,11 @@ int main(int argc, char **argv)
     add_x86_machine();
     machine.ram_holes = true;
 
-    g_test_add_func("/ram-holes/hole-and-punched", test_hole_and_punched);
-    g_test_add_func("/ram-holes/fd-offset", test_fd_offset);
-    g_test_add_func("/ram-holes/keep/discard-disabled", test_discard_disabled);
-    g_test_add_func("/ram-holes/keep/rdma", test_rdma);
-    g_test_add_func("/ram-holes/keep/mlock", test_mlock);
-    g_test_add_func("/ram-holes/keep/reserved", test_reserved);
-    g_test_add_func("/ram-holes/keep/used", test_used);
-    g_test_add_func("/ram-holes/keep/created-by-qemu", test_created_by_qemu);
-    g_test_add_func("/ram-holes/keep/vhost", test_vhost);
-    g_test_add_func("/ram-holes/keep/readonly-fd", test_readonly_fd);
-    g_test_add_func("/ram-holes/keep/sealed", test_sealed);
-    g_test_add_func("/ram-holes/keep/discard-manager", test_discard_manager);
-    g_test_add_func("/ram-holes/postcopy/precopy-phase",
-                    test_postcopy_precopy_phase);
-    g_test_add_func("/ram-holes/postcopy/nobody-waits",
-                    test_postcopy_nobody_waits);
-    g_test_add_func("/ram-holes/postcopy/requested", test_postcopy_requested);
-    g_test_add_func("/ram-holes/postcopy/shared-faults",
-                    test_postcopy_shared_faults);
-    g_test_add_func("/ram-holes/postcopy/keep-populated",
-                    test_postcopy_keep_populated);
-    g_test_add_func("/ram-holes/postcopy/rdma", test_postcopy_rdma);
-    g_test_add_func("/ram-holes/postcopy/holes-unknown",
-                    test_postcopy_holes_unknown);
-    g_test_add_func("/ram-holes/postcopy/not-a-hole",
-                    test_postcopy_not_a_hole);
-    g_test_add_func("/ram-holes/postcopy/fault", test_postcopy_fault);
-    g_test_add_func("/ram-holes/postcopy/fault-elsewhere",
-                    test_postcopy_fault_elsewhere);
-    g_test_add_func("/ram-holes/unknown/switched-off", test_switched_off);
-    g_test_add_func("/ram-holes/unknown/not-set-up", test_not_set_up);
-    g_test_add_func("/ram-holes/unknown/find-failed", test_find_failed);
-    g_test_add_func("/ram-holes/unknown/private", test_private);
-    add_refusals();
-    g_test_add_func("/ram-holes/unknown/anonymous", test_anonymous);
-    g_test_add_func("/ram-holes/shared-anonymous", test_shared_anonymous);
-    g_test_add_func("/ram-holes/private/anonymous", test_private_anonymous);
-    g_test_add_func("/ram-holes/private/run", test_private_run);
-    g_test_add_func("/ram-holes/private/postcopy", test_private_postcopy);
-    g_test_add_func("/ram-holes/private/tmpfs", test_private_tmpfs);
-    g_test_add_func("/ram-holes/private/hugetlb", test_private_hugetlb);
-    g_test_add_func("/ram-holes/private/hugetlb-empty",
-                    test_private_hugetlb_empty);
-    g_test_add_func("/ram-holes/private/preallocated",
-                    test_private_preallocated);
-    g_test_add_func("/ram-holes/absent/shmem", test_absent_shmem);
-    g_test_add_func("/ram-holes/absent/fd-offset", test_absent_fd_offset);
-    g_test_add_func("/ram-holes/absent/short", test_absent_short);
-    g_test_add_func("/ram-holes/absent/anonymous", test_absent_anonymous);
-    g_test_add_func("/ram-holes/absent/shared-anonymous",
-                    test_absent_shared_anonymous);
-    g_test_add_func("/ram-holes/absent/private-file", test_absent_private_file);
-    g_test_add_func("/ram-holes/absent/hugetlb", test_absent_hugetlb);
-    g_test_add_func("/ram-holes/absent/private-hugetlb",
-                    test_absent_private_hugetlb);
-    g_test_add_func("/ram-holes/absent/switched-off", test_absent_switched_off);
-    g_test_add_func("/ram-holes/absent/slices", test_absent_slices);
-    g_test_add_func("/ram-holes/pristine", test_pristine);
-    g_test_add_func("/ram-holes/other-file", test_other_file);
-    g_test_add_func("/ram-holes/absent/ignored", test_absent_ignored);
-    g_test_add_func("/ram-holes/hugetlb", test_hugetlb);
-    g_test_add_func("/ram-holes/thp", test_thp);
-    g_test_add_func("/ram-holes/run", test_run);
-    g_test_add_func("/ram-holes/clear-memory", test_clear_memory);
-    g_test_add_func("/ram-holes/save/find-hole", test_save_find_hole);
-    g_test_add_func("/ram-holes/save/run", test_save_run);
-    g_test_add_func("/ram-holes/save/large-page", test_save_large_page);
-    g_test_add_func("/ram-holes/save/lseek-refused", test_save_lseek_refused);
-    g_test_add_func("/ram-holes/save/unknown", test_save_unknown);
-    g_test_add_func("/ram-holes/save/hugetlb", test_save_hugetlb);
-    g_test_add_func("/ram-holes/save/not-arrived", test_save_not_arrived);
-    g_test_add_func("/ram-holes/save/is-zero", test_block_is_zero);
-    g_test_add_func("/ram-holes/save/page-to-read", test_page_to_read);
+    for (int i = 0; i < ARRAY_SIZE(tests); i++) {
+        g_autofree char *path = g_strdup_printf("/ram-holes/%s", tests[i].name);
 
+        g_test_add_data_func(path, &tests[i], run_test);
+    }
+    add_refusals();
     return g_test_run();
 }
