@@ -341,6 +341,61 @@ static void check_tls(SparseGuests *guests)
     remove_tls_key();
 }
 
+/* Write until a later pass, then switch */
+static void postcopy_after_pass(SparseGuests *guests)
+{
+    g_autofree char *status = NULL;
+    unsigned round = 0;
+
+    migrate_set_parameter_int(guests->from, "max-bandwidth", 8 * MiB);
+    migrate_set_parameter_int(guests->from, "downtime-limit", 1);
+    migrate_incoming_qmp(guests->to, "tcp:127.0.0.1:0", NULL, "{}");
+    migrate_qmp(guests->from, guests->to, NULL, NULL, "{}");
+    while (get_migration_pass(guests->from) < 2) {
+        rewrite_pages(guests->from, round++);
+    }
+    /* From here on it cannot come to its end, and no write is too late */
+    migrate_set_parameter_int(guests->from, "max-bandwidth", 4 * KiB);
+    rewrite_pages(guests->from, round);
+    status = migrate_query_status(guests->from);
+    if (!g_str_equal(status, "active")) {
+        g_test_skip("the host is too busy: all was sent before the test "
+                    "looked");
+        return;
+    }
+    qtest_qmp_assert_success(guests->from,
+                             "{ 'execute': 'migrate-start-postcopy' }");
+    wait_for_migration_complete(guests->from);
+    wait_for_migration_complete(guests->to);
+    g_free(guest_ram_content(&guests->dst, &guests->src, NULL));
+}
+
+/* The destination refuses, and the source has lost nothing, and can go on */
+static void migrate_source_only(SparseGuests *guests)
+{
+    const char *ungoals[] = { "completed", NULL };
+    g_autofree char *text = NULL;
+
+    migrate_set_capability(guests->from, CAPABILITY, true);
+    migrate_incoming_qmp(guests->to, "tcp:127.0.0.1:0", NULL, "{}");
+    migrate_set_parameter_int(guests->from, "max-bandwidth", 4 * KiB);
+    migrate_qmp(guests->from, guests->to, NULL, NULL, "{}");
+    wait_for_migration_status(guests->from, "failed", ungoals);
+    qtest_set_expected_status(guests->to, EXIT_FAILURE);
+    qtest_wait_qemu(guests->to);
+
+    text = sparse_log(guests);
+    g_test_message("%s", text);
+    g_assert(strstr(text, CAPABILITY));
+    g_assert(strstr(text, "is off"));
+
+    guest_ram_check_allocation(&guests->src, SPARSE_KEPT, &guests->src_before,
+                               NULL);
+    guest_ram_check_pattern(&guests->src, guests->kinds);
+    qtest_qmp_assert_success(guests->from, "{ 'execute': 'cont' }");
+    qtest_qmp_assert_success(guests->from, "{ 'execute': 'stop' }");
+}
+
 #define LONG_HOLES .patterns = { &lab_long_holes }
 #define LARGE .size = RUNS_SIZE, LONG_HOLES, .check = check_statistics
 #define SMALL .size = SMALL_SIZE, LONG_HOLES
@@ -447,48 +502,19 @@ static const SparseRow rows[] = {
     }, {
         .name = "capability/destination-only/%w", SMALL,
         .ways = { &sparse_postcopy }, .prepare = set_destination,
+    }, {
+        .name = "capability/postcopy/after-first-pass", SMALL,
+        .ways = { &postcopy }, .act = postcopy_after_pass,
+        .expect.src = SPARSE_ANY,
+    },
+
+    {
+        .name = "capability/source-only", SMALL, .log = true,
+        .act = migrate_source_only,
+        /* It has run */
+        .expect.src = SPARSE_ANY,
     },
 };
-
-/* Write until a later pass, then switch */
-static void test_postcopy_after_pass(const void *opaque)
-{
-    static const SparseRow row = { .size = SMALL_SIZE };
-    g_autofree char *status = NULL;
-    SparseGuests guests;
-    unsigned round = 0;
-
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    if (!sparse_set_way(&guests, &postcopy)) {
-        goto out;
-    }
-    sparse_prepare(&guests, &lab_long_holes);
-    migrate_set_parameter_int(guests.from, "max-bandwidth", 8 * MiB);
-    migrate_set_parameter_int(guests.from, "downtime-limit", 1);
-    migrate_incoming_qmp(guests.to, "tcp:127.0.0.1:0", NULL, "{}");
-    migrate_qmp(guests.from, guests.to, NULL, NULL, "{}");
-    while (get_migration_pass(guests.from) < 2) {
-        rewrite_pages(guests.from, round++);
-    }
-    /* From here on it cannot come to its end, and no write is too late */
-    migrate_set_parameter_int(guests.from, "max-bandwidth", 4 * KiB);
-    rewrite_pages(guests.from, round);
-    status = migrate_query_status(guests.from);
-    if (!g_str_equal(status, "active")) {
-        g_test_skip("the host is too busy: all was sent before the test "
-                    "looked");
-        goto out;
-    }
-    qtest_qmp_assert_success(guests.from,
-                             "{ 'execute': 'migrate-start-postcopy' }");
-    wait_for_migration_complete(guests.from);
-    wait_for_migration_complete(guests.to);
-    g_free(guest_ram_content(&guests.dst, &guests.src, NULL));
-out:
-    sparse_end(&guests);
-}
 
 /*
  * Data first, which takes a second at the least bandwidth, then short holes
@@ -540,11 +566,9 @@ static void migrate_writing_behind_run(void)
     g_autofree char *fifo = NULL;
     SparseGuests pair;
 
-    if (!sparse_start(&pair, &row)) {
+    if (!sparse_begin(&pair, &row, &multifd, &short_runs)) {
         return;
     }
-    sparse_set_way(&pair, &multifd);
-    sparse_prepare(&pair, &short_runs);
     migrate_set_capability(pair.from, "pause-before-switchover", true);
     /* Some packets at a time, with a tenth of a second between them */
     migrate_set_parameter_int(pair.from, "max-bandwidth", 4 * KiB);
@@ -641,39 +665,6 @@ static void test_postcopy_live_recovery(void)
     test_postcopy_live(false, true);
 }
 
-static void test_source_only(const void *opaque)
-{
-    static const SparseRow row = { .size = SMALL_SIZE, .log = true };
-    const char *ungoals[] = { "completed", NULL };
-    g_autofree char *text = NULL;
-    SparseGuests guests;
-
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    sparse_prepare(&guests, &lab_long_holes);
-    migrate_set_capability(guests.from, CAPABILITY, true);
-    migrate_incoming_qmp(guests.to, "tcp:127.0.0.1:0", NULL, "{}");
-    migrate_set_parameter_int(guests.from, "max-bandwidth", 4 * KiB);
-    migrate_qmp(guests.from, guests.to, NULL, NULL, "{}");
-    wait_for_migration_status(guests.from, "failed", ungoals);
-    qtest_set_expected_status(guests.to, EXIT_FAILURE);
-    qtest_wait_qemu(guests.to);
-
-    text = sparse_log(&guests);
-    g_test_message("%s", text);
-    g_assert(strstr(text, CAPABILITY));
-    g_assert(strstr(text, "is off"));
-
-    /* The source has lost nothing, and can go on */
-    guest_ram_check_allocation(&guests.src, SPARSE_KEPT, &guests.src_before,
-                               NULL);
-    guest_ram_check_pattern(&guests.src, guests.kinds);
-    qtest_qmp_assert_success(guests.from, "{ 'execute': 'cont' }");
-    qtest_qmp_assert_success(guests.from, "{ 'execute': 'stop' }");
-    sparse_end(&guests);
-}
-
 /* Capabilities with which this one has no effect */
 
 typedef struct NoEffectCase {
@@ -739,17 +730,15 @@ static void migrate_no_effect(const NoEffectCase *c, bool source,
     static const SparseRow row = { .size = SMALL_SIZE };
     SparseGuests guests;
 
-    if (!sparse_start(&guests, &row)) {
+    if (!sparse_begin(&guests, &row, c->both_sides ? &sparse_mapped_ram
+                                                   : &lab_snapshot,
+                      &lab_long_holes)) {
         return;
     }
-    if (sparse_set_way(&guests, c->both_sides ? &sparse_mapped_ram
-                                              : &lab_snapshot)) {
-        sparse_prepare(&guests, &lab_long_holes);
-        migrate_set_capability(guests.from, CAPABILITY, source);
-        migrate_set_capability(guests.to, CAPABILITY, destination);
-        sparse_migrate(&guests, NULL);
-        sparse_check(&guests);
-    }
+    migrate_set_capability(guests.from, CAPABILITY, source);
+    migrate_set_capability(guests.to, CAPABILITY, destination);
+    sparse_migrate(&guests, NULL);
+    sparse_check(&guests);
     sparse_end(&guests);
 }
 
@@ -779,13 +768,8 @@ static void add_no_effect_case(const NoEffectCase *c)
 void lab_add_capability(void)
 {
     sparse_add_rows(rows, ARRAY_SIZE(rows));
-    if (sparse_env->has_uffd) {
-        lab_add_test("capability/postcopy/after-first-pass", NULL,
-                     test_postcopy_after_pass);
-    }
     lab_add_test("capability/multifd/write-behind-run", NULL,
                  test_write_behind_run);
-    lab_add_test("capability/source-only", NULL, test_source_only);
     for (size_t i = 0; i < ARRAY_SIZE(no_effect_cases); i++) {
         add_no_effect_case(&no_effect_cases[i]);
     }

@@ -337,10 +337,9 @@ static void test_hostile(const void *opaque)
     SparseGuests guests;
     uint64_t cleared;
 
-    if (!sparse_start(&guests, &row)) {
+    if (!sparse_begin(&guests, &row, &sparse_precopy, &sparse_empty)) {
         return;
     }
-    sparse_prepare(&guests, &sparse_empty);
     uri = g_strdup_printf("file:%s", guests.file);
     /* What is to be there afterwards, but for what good records clear */
     kinds = sparse_pattern_new(&sparse_mixed, guests.dst.pages);
@@ -510,10 +509,9 @@ static void test_hostile_postcopy(const void *opaque)
     SparseGuests guests;
     int fd;
 
-    if (!sparse_start(&guests, &row)) {
+    if (!sparse_begin(&guests, &row, &sparse_precopy, &sparse_empty)) {
         return;
     }
-    sparse_prepare(&guests, &sparse_empty);
     sparse_set_both(&guests, "sparse-ram");
     stream = capture_stream(&guests);
 

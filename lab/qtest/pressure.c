@@ -127,6 +127,12 @@ static void cgroup_remove(void *opaque)
     g_clear_pointer(&cgroup->path, g_free);
 }
 
+static void cgroup_end(void *opaque)
+{
+    cgroup_remove(opaque);
+    qtest_remove_abrt_handler(opaque);
+}
+
 /* Whether a process of this user may be moved there: let a new one try */
 static bool cgroup_accepts_processes(const Cgroup *cgroup)
 {
@@ -160,8 +166,7 @@ static bool cgroup_make_in(Cgroup *cgroup, const char *parent, uint64_t limit)
                      cgroup->files->swap_value ?: value);
         return true;
     }
-    cgroup_remove(cgroup);
-    qtest_remove_abrt_handler(cgroup);
+    cgroup_end(cgroup);
     return false;
 }
 
@@ -235,94 +240,46 @@ static PageKind pressure_kind(uint64_t page, uint64_t pages)
 
 static const SparsePattern pressure_pattern = { "pressure", pressure_kind };
 
-/* Wait until the source is done, or the destination is dead */
-static void wait_for_either(QTestState *from, QTestState *to)
+static Cgroup cgroup;
+
+/* Before QEMU is started, and so removed when the process in it is gone */
+static const char *make_cgroup(void)
 {
-    int64_t start = g_get_monotonic_time();
-
-    while (qtest_probe_child(to)) {
-        g_autofree char *status = migrate_query_status(from);
-
-        /* Postcopy pauses when it has lost the destination */
-        if (g_str_equal(status, "completed") ||
-            g_str_equal(status, "failed") ||
-            g_str_equal(status, "postcopy-paused")) {
-            return;
-        }
-        g_assert_cmpint(g_get_monotonic_time() - start, <, LAB_TIMEOUT);
-        g_usleep(10 * 1000);
-    }
-}
-
-static void test_pressure(const void *opaque)
-{
-    static const SparseRow row = { .size = PRESSURE_SIZE };
-    const SparseWay *way = opaque;
-    g_autofree char *peak = NULL;
-    SparseGuests guests;
-    Cgroup cgroup;
-
-    /*
-     * Before QEMU is started: should the test fail, what was made first is
-     * removed last, when the process in it is gone.
-     */
     if (!cgroup_make(&cgroup, PRESSURE_LIMIT)) {
-        g_test_skip("no cgroup with a memory limit can be made (needs root, or "
-                    "a cgroup delegated with its memory controller)");
-        return;
+        return "no cgroup with a memory limit can be made (needs root, or a "
+               "cgroup delegated with its memory controller)";
     }
-    if (!sparse_start(&guests, &row)) {
-        goto out;
-    }
-    cgroup_add_process(&cgroup, qtest_pid(guests.to));
-    if (!sparse_set_way(&guests, way)) {
-        goto end;
-    }
-    sparse_prepare(&guests, &pressure_pattern);
-    migrate_incoming_qmp(guests.to, "tcp:127.0.0.1:0", NULL, "{}");
-    if (way->transport == SPARSE_POSTCOPY) {
-        migrate_set_parameter_int(guests.from, "max-bandwidth", 4 * KiB);
-        migrate_set_parameter_int(guests.from, "downtime-limit", 1);
-    } else {
-        migrate_ensure_converge(guests.from);
-    }
-    migrate_qmp(guests.from, guests.to, NULL, NULL, "{}");
-    if (way->transport == SPARSE_POSTCOPY) {
-        qtest_qmp_assert_success(guests.from,
-                                 "{ 'execute': 'migrate-start-postcopy' }");
-    }
-    wait_for_either(guests.from, guests.to);
-    g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
-    wait_for_migration_complete(guests.from);
-    wait_for_migration_complete(guests.to);
-
-    peak = cgroup_read(&cgroup, cgroup.files->peak);
-    g_test_message("of %" PRIu64 " bytes the destination has used %s",
-                   (uint64_t)PRESSURE_LIMIT, peak ? peak : "(unknown)");
-    g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
-    if (way->transport == SPARSE_POSTCOPY) {
-        g_assert_cmpint(read_ram_property_int(guests.from, "postcopy-bytes"),
-                        >, 0);
-    }
-    sparse_check(&guests);
-end:
-    sparse_end(&guests);
-out:
-    cgroup_remove(&cgroup);
-    qtest_remove_abrt_handler(&cgroup);
+    g_test_queue_destroy(cgroup_end, &cgroup);
+    return NULL;
 }
+
+static void add_destination(SparseGuests *guests)
+{
+    cgroup_add_process(&cgroup, guests->dst.pid);
+}
+
+static void check_peak(SparseGuests *guests)
+{
+    g_autofree char *peak = cgroup_read(&cgroup, cgroup.files->peak);
+
+    g_test_message("of %" PRIu64 " bytes the destination has used %s",
+                   (uint64_t)PRESSURE_LIMIT, peak ?: "(unknown)");
+    g_assert_cmpuint(cgroup_oom_kills(&cgroup), ==, 0);
+}
+
+static const SparseRow rows[] = {
+    {
+        .name = "pressure/%w", .size = PRESSURE_SIZE,
+        .patterns = { &pressure_pattern },
+        .ways = { &sparse_precopy, &lab_xbzrle, &sparse_multifd,
+                  &lab_multifd_legacy, &runs, &sparse_postcopy,
+                  &postcopy_preempt },
+        .skip_reason = make_cgroup,
+        .prepare = add_destination, .check = check_peak,
+    },
+};
 
 void lab_add_pressure(void)
 {
-    static const SparseWay *const ways[] = {
-        &sparse_precopy, &lab_xbzrle, &sparse_multifd, &lab_multifd_legacy,
-        &runs, &sparse_postcopy, &postcopy_preempt,
-    };
-    int i;
-
-    for (i = 0; i < ARRAY_SIZE(ways); i++) {
-        g_autofree char *name = g_strdup_printf("pressure/%s", ways[i]->name);
-
-        lab_add_test(name, ways[i], test_pressure);
-    }
+    sparse_add_rows(rows, ARRAY_SIZE(rows));
 }

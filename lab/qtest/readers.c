@@ -55,39 +55,29 @@ static void *slow_pipe_drain(void *opaque)
  * to pages that are populated and mapped, and to such that are not mapped.  The
  * snapshot has what was there before.
  */
-static void test_snapshot_write(const void *opaque)
+static void write_during_snapshot(SparseGuests *guests)
 {
-    static const SparseRow row = { };
-    g_autofree char *uri = NULL;
-    SlowPipe slow_pipe = { };
+    g_autofree char *uri = g_strdup_printf("file:%s", guests->file);
+    SlowPipe slow_pipe = { .path = guests->file };
     uint64_t pages[5];
     GThread *drain;
-    SparseGuests guests;
     int i, queued;
 
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    if (!sparse_set_way(&guests, &lab_snapshot)) {
-        goto out;
-    }
-    sparse_prepare(&guests, &sparse_mixed);
-    slow_pipe.path = guests.file;
     /* The last ones, which are saved late */
-    pages[0] = lab_last_of_kind(&guests, PAGE_HOLE, guests.src.pages);
-    pages[1] = lab_last_of_kind(&guests, PAGE_DATA, pages[0]);
-    pages[2] = lab_last_of_kind(&guests, PAGE_DATA, pages[1]);
-    pages[3] = lab_last_of_kind(&guests, PAGE_ZERO, pages[2]);
-    pages[4] = lab_last_of_kind(&guests, PAGE_ZERO, pages[3]);
-    qtest_readb(guests.from, pages[2] * guests.src.page_size);
-    qtest_readb(guests.from, pages[4] * guests.src.page_size);
+    pages[0] = lab_last_of_kind(guests, PAGE_HOLE, guests->src.pages);
+    pages[1] = lab_last_of_kind(guests, PAGE_DATA, pages[0]);
+    pages[2] = lab_last_of_kind(guests, PAGE_DATA, pages[1]);
+    pages[3] = lab_last_of_kind(guests, PAGE_ZERO, pages[2]);
+    pages[4] = lab_last_of_kind(guests, PAGE_ZERO, pages[3]);
+    qtest_readb(guests->from, pages[2] * guests->src.page_size);
+    qtest_readb(guests->from, pages[4] * guests->src.page_size);
 
     g_assert(g_unix_open_pipe(slow_pipe.fds, FD_CLOEXEC, NULL));
-    qtest_qmp_fds_assert_success(guests.from, &slow_pipe.fds[1], 1,
+    qtest_qmp_fds_assert_success(guests->from, &slow_pipe.fds[1], 1,
                                  "{ 'execute': 'getfd', 'arguments': {"
                                  "'fdname': 'snapshot' } }");
     close(slow_pipe.fds[1]);
-    migrate_qmp(guests.from, guests.to, "fd:snapshot", NULL, "{}");
+    migrate_qmp(guests->from, guests->to, "fd:snapshot", NULL, "{}");
 
     /* More than the setup: the memory is protected and is being saved */
     do {
@@ -97,29 +87,26 @@ static void test_snapshot_write(const void *opaque)
 
     drain = g_thread_new("drain", slow_pipe_drain, &slow_pipe);
     for (i = 0; i < ARRAY_SIZE(pages); i++) {
-        uint64_t address = pages[i] * guests.src.page_size;
+        uint64_t address = pages[i] * guests->src.page_size;
 
-        qtest_writeq(guests.from, address, 0xfeedf00d);
-        g_assert_cmphex(qtest_readq(guests.from, address), ==, 0xfeedf00d);
+        qtest_writeq(guests->from, address, 0xfeedf00d);
+        g_assert_cmphex(qtest_readq(guests->from, address), ==, 0xfeedf00d);
     }
-    wait_for_migration_complete(guests.from);
+    wait_for_migration_complete(guests->from);
     g_thread_join(drain);
     close(slow_pipe.fds[0]);
 
-    /* Only the hole that was written to is allocated now */
-    set_bit(pages[0], guests.src_before.pages);
-    guests.src_before.bytes += guest_ram_allocation_unit(&guests.src);
-
-    uri = g_strdup_printf("file:%s", guests.file);
-    migrate_incoming_qmp(guests.to, uri, NULL, "{}");
-    wait_for_migration_complete(guests.to);
-    guest_ram_check_pattern(&guests.dst, guests.kinds);
-    if (guest_ram_allocation_unit(&guests.src) == guests.src.page_size) {
-        guest_ram_check_allocation(&guests.src, SPARSE_KEPT,
-                                   &guests.src_before, NULL);
+    /* Only the hole that was written to may be allocated now */
+    if (guest_ram_allocation_unit(&guests->src) > guests->src.page_size) {
+        guest_ram_state_take(&guests->src_before, &guests->src);
+    } else {
+        set_bit(pages[0], guests->src_before.pages);
+        guests->src_before.bytes += guests->src.page_size;
     }
-out:
-    sparse_end(&guests);
+
+    migrate_incoming_qmp(guests->to, uri, NULL, "{}");
+    wait_for_migration_complete(guests->to);
+    guest_ram_check_pattern(&guests->dst, guests->kinds);
 }
 
 /* Where a dump goes to */
@@ -314,10 +301,9 @@ static void test_dump(const void *opaque)
     };
     SparseGuests guests;
 
-    if (!sparse_start(&guests, &row)) {
+    if (!sparse_begin(&guests, &row, &sparse_precopy, c->pattern)) {
         return;
     }
-    sparse_prepare(&guests, c->pattern);
     unlink(guests.file);
     dump_guest(c, guests.from, guests.file);
     sparse_check(&guests);
@@ -341,13 +327,16 @@ static void measure_dirty_rate(SparseGuests *guests)
     lab_wait_for_dirty_rate(guests->from);
 }
 
-static const SparseRow rate_rows[] = {
+static const SparseRow rows[] = {
     {
         .name = "modes/dirty-rate/shm-file-offset",
         .backend = &lab_shm_file_offset, .act = measure_dirty_rate,
     }, {
         .name = "modes/dirty-rate/memfd-private", .backend = &lab_private,
         .act = measure_dirty_rate, .expect.src = SPARSE_RELEASED,
+    }, {
+        .name = "modes/snapshot/write", .ways = { &lab_snapshot },
+        .act = write_during_snapshot,
     },
 };
 
@@ -374,10 +363,9 @@ static void test_other_process(const void *opaque)
     uint64_t page;
     char *map;
 
-    if (!sparse_start(&guests, &row)) {
+    if (!sparse_begin(&guests, &row, &sparse_precopy, &sparse_empty)) {
         return;
     }
-    sparse_prepare(&guests, &sparse_empty);
     uri = g_strdup_printf("file:%s", guests.file);
     /*
      * A zero page takes 9 bytes: all of them would take a minute, and those
@@ -613,7 +601,7 @@ static void test_snapshot(const void *opaque)
     guest_ram_close(&ram);
 }
 
-/* QEMU 10.0 has no snapshots with mapped RAM: it must say so before it resets */
+/* QEMU 10.0 has no snapshots with mapped RAM: it says so before it resets */
 static void check_mapped_ram_refused(QTestState *who, GuestRam *ram,
                                      const uint8_t *kinds)
 {
@@ -673,8 +661,7 @@ static void test_snapshot_mapped_ram(const void *opaque)
 void lab_add_readers(void)
 {
     LAB_ADD_CASES("modes/", dump_cases, test_dump);
-    sparse_add_rows(rate_rows, ARRAY_SIZE(rate_rows));
-    lab_add_test("modes/snapshot/write", NULL, test_snapshot_write);
+    sparse_add_rows(rows, ARRAY_SIZE(rows));
     lab_add_test("modes/other-process/precopy", &sparse_precopy,
                  test_other_process);
     lab_add_test("modes/other-process/multifd", &sparse_multifd,

@@ -234,6 +234,71 @@ static void migrate_idle(SparseGuests *guests)
                      MAX_IDLE_GROWTH);
 }
 
+static const char *colo_skip_reason(void)
+{
+#ifdef CONFIG_REPLICATION
+    return trace_skip_reason();
+#else
+    return "QEMU is built without replication, and so without COLO";
+#endif
+}
+
+/* The migration ends in COLO state, with RAM discarding disabled */
+static void migrate_colo(SparseGuests *guests)
+{
+    const GuestRam *ram = &guests->dst;
+    g_autofree unsigned long *after = NULL;
+    g_autofree char *log = NULL;
+    uint64_t page;
+
+    sparse_set_both(guests, "x-colo");
+    /* Has no effect then, and the destination need not have it */
+    migrate_set_capability(guests->from, "sparse-ram", true);
+    migrate_incoming_qmp(guests->to, "tcp:127.0.0.1:0", NULL, "{}");
+    migrate_ensure_converge(guests->from);
+    migrate_qmp(guests->from, guests->to, NULL, NULL, "{}");
+    wait_for_migration_status(guests->from, "colo", NULL);
+    wait_for_migration_status(guests->to, "colo", NULL);
+
+    after = guest_ram_allocated_pages(ram);
+    for (page = COLO_RANGE_START / ram->page_size;
+         page < COLO_RANGE_END / ram->page_size; page++) {
+        bool before = test_bit(page, guests->dst_before.pages);
+        bool is_data = guests->kinds[page] == PAGE_DATA;
+        uint64_t data[512], expected[512];
+
+        g_assert_cmpuint(ram->page_size, ==, sizeof(data));
+        guest_ram_read_page(ram, page, data);
+        sparse_pattern_page(expected, guests->kinds, page, sizeof(data));
+        g_assert(memcmp(data, expected, sizeof(data)) == 0);
+        if (test_bit(page, after)) {
+            g_assert(before || is_data ||
+                     guest_ram_allocation_unit(ram) > sizeof(data));
+        } else {
+            g_assert(!before && !is_data);
+        }
+    }
+    log = sparse_log(guests);
+    g_assert_cmpuint(lab_count_lines(log, BACKEND_ID, ""), >, 0);
+    g_assert_cmpuint(lab_count_lines(log, BACKEND_ID, "punched"), ==, 0);
+}
+
+/* A file that ends early is refused, as it always was. */
+static void migrate_truncated(SparseGuests *guests)
+{
+    g_autofree char *uri = g_strdup_printf("file:%s", guests->file);
+    const char *unwanted[] = { "completed", NULL };
+
+    migrate_ensure_converge(guests->from);
+    migrate_qmp(guests->from, guests->to, uri, NULL, "{}");
+    wait_for_migration_complete(guests->from);
+
+    /* In the middle of the bitmap of the first block */
+    g_assert_no_errno(truncate(guests->file, 2 * KiB));
+    migrate_incoming_qmp(guests->to, uri, NULL, "{ 'exit-on-error': false }");
+    wait_for_migration_status(guests->to, "failed", unwanted);
+}
+
 #define QUIET .log = true, .expect.quiet = true
 #define OFF "-global migration.x-ram-holes=off"
 #define PRIVATE { SPARSE_RELEASED, SPARSE_ANY, HOLES_ANY }
@@ -549,94 +614,23 @@ static const SparseRow rows[] = {
         .name = "file/ram/idle/%w", FILE_IDLE, .backend = &lab_ram,
         .ways = { &sparse_mapped_ram, &lab_mapped_ram_multifd,
                   &sparse_multifd },
+    }, {
+        .name = "file/truncated", .hide_stderr = true,
+        .ways = { &sparse_mapped_ram }, .act = migrate_truncated,
+    },
+
+    {
+        /* Each side complains when the other one is ended */
+        .name = "memfd/colo/%w/%p", .size = COLO_SIZE,
+        .dst_opts = "-trace ram_handle_zero_range",
+        .log = true, .hide_stderr = true, .stale = true,
+        .skip_reason = colo_skip_reason, .act = migrate_colo,
+        /* The guest runs */
+        .expect.src = SPARSE_ANY,
     },
 };
-
-/* The migration ends in COLO state, with RAM discarding disabled */
-static void test_colo(const void *opaque)
-{
-    static const SparseRow row = {
-        .size = COLO_SIZE,
-        .dst_opts = "-trace ram_handle_zero_range",
-        .log = true,
-        /* Each side complains when the other one is ended */
-        .hide_stderr = true,
-        .stale = true,
-        .skip_reason = trace_skip_reason,
-    };
-    g_autofree unsigned long *after = NULL;
-    g_autofree char *log = NULL;
-    SparseGuests guests;
-    uint64_t page;
-
-#ifndef CONFIG_REPLICATION
-    g_test_skip("QEMU is built without replication, and so without COLO");
-    return;
-#endif
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    sparse_set_both(&guests, "x-colo");
-    /* Has no effect then, and the destination need not have it */
-    migrate_set_capability(guests.from, "sparse-ram", true);
-    sparse_prepare(&guests, &sparse_mixed);
-    migrate_incoming_qmp(guests.to, "tcp:127.0.0.1:0", NULL, "{}");
-    migrate_ensure_converge(guests.from);
-    migrate_qmp(guests.from, guests.to, NULL, NULL, "{}");
-    wait_for_migration_status(guests.from, "colo", NULL);
-    wait_for_migration_status(guests.to, "colo", NULL);
-
-    after = guest_ram_allocated_pages(&guests.dst);
-    for (page = COLO_RANGE_START / guests.dst.page_size;
-         page < COLO_RANGE_END / guests.dst.page_size; page++) {
-        uint64_t data[512], expected[512];
-
-        g_assert_cmpuint(guests.dst.page_size, ==, sizeof(data));
-        guest_ram_read_page(&guests.dst, page, data);
-        sparse_pattern_page(expected, guests.kinds, page, sizeof(data));
-        g_assert(memcmp(data, expected, sizeof(data)) == 0);
-        g_assert(test_bit(page, after) ||
-                 (!test_bit(page, guests.dst_before.pages) &&
-                  guests.kinds[page] != PAGE_DATA));
-        g_assert(!test_bit(page, after) ||
-                 test_bit(page, guests.dst_before.pages) ||
-                 guests.kinds[page] == PAGE_DATA ||
-                 guest_ram_allocation_unit(&guests.dst) > sizeof(data));
-    }
-    log = sparse_log(&guests);
-    g_assert_cmpuint(lab_count_lines(log, BACKEND_ID, ""), >, 0);
-    g_assert_cmpuint(lab_count_lines(log, BACKEND_ID, "punched"), ==, 0);
-    sparse_end(&guests);
-}
-
-/* A file that ends early is refused, as it always was. */
-static void test_truncated(const void *opaque)
-{
-    static const SparseRow row = { .hide_stderr = true };
-    const char *unwanted[] = { "completed", NULL };
-    g_autofree char *uri = NULL;
-    SparseGuests guests;
-
-    if (!sparse_start(&guests, &row)) {
-        return;
-    }
-    uri = g_strdup_printf("file:%s", guests.file);
-    sparse_set_way(&guests, &sparse_mapped_ram);
-    sparse_prepare(&guests, &sparse_mixed);
-    migrate_ensure_converge(guests.from);
-    migrate_qmp(guests.from, guests.to, uri, NULL, "{}");
-    wait_for_migration_complete(guests.from);
-
-    /* In the middle of the bitmap of the first block */
-    g_assert_no_errno(truncate(guests.file, 2 * KiB));
-    migrate_incoming_qmp(guests.to, uri, NULL, "{ 'exit-on-error': false }");
-    wait_for_migration_status(guests.to, "failed", unwanted);
-    sparse_end(&guests);
-}
 
 void lab_add_rows(void)
 {
     sparse_add_rows(rows, ARRAY_SIZE(rows));
-    lab_add_test("memfd/colo/precopy/mixed", NULL, test_colo);
-    lab_add_test("file/truncated", NULL, test_truncated);
 }

@@ -561,7 +561,8 @@ static void check_holes(const SparseGuests *guests)
     }
 }
 
-bool sparse_start(SparseGuests *guests, const SparseRow *row)
+/* Returns false if the test has to be skipped, after saying why */
+static bool start_guests(SparseGuests *guests, const SparseRow *row)
 {
     const SparseBackend *backend = row->backend ?: &sparse_memfd;
     const char *reason = row->skip_reason ? row->skip_reason() : NULL;
@@ -677,7 +678,7 @@ bool sparse_set_way(SparseGuests *guests, const SparseWay *way)
     return true;
 }
 
-void sparse_prepare(SparseGuests *guests, const SparsePattern *pattern)
+static void prepare_guests(SparseGuests *guests, const SparsePattern *pattern)
 {
     const SparseRow *row = guests->row;
     struct stat st;
@@ -702,8 +703,24 @@ void sparse_prepare(SparseGuests *guests, const SparsePattern *pattern)
     }
 }
 
+bool sparse_begin(SparseGuests *guests, const SparseRow *row,
+                  const SparseWay *way, const SparsePattern *pattern)
+{
+    if (!start_guests(guests, row)) {
+        return false;
+    }
+    if (!sparse_set_way(guests, way)) {
+        sparse_end(guests);
+        return false;
+    }
+    prepare_guests(guests, pattern);
+    return true;
+}
+
 void sparse_migrate(SparseGuests *guests, void (*during)(SparseGuests *))
 {
+    /* Neither will go on: there is no need to wait for a timeout */
+    const char *ungoals[] = { "failed", "postcopy-paused", NULL };
     const SparseWay *way = guests->way;
     g_autofree char *file = g_strdup_printf("file:%s", guests->file);
     bool postcopy = way->transport == SPARSE_POSTCOPY;
@@ -730,7 +747,7 @@ void sparse_migrate(SparseGuests *guests, void (*during)(SparseGuests *))
         qtest_qmp_assert_success(guests->from,
                                  "{ 'execute': 'migrate-start-postcopy' }");
     }
-    wait_for_migration_complete(guests->from);
+    wait_for_migration_status(guests->from, "completed", ungoals);
     if (has_file) {
         migrate_incoming_qmp(guests->to, file, NULL, "{}");
     }
@@ -803,20 +820,17 @@ void sparse_run(const SparseRow *row, const SparseWay *way,
 {
     SparseGuests guests;
 
-    if (!sparse_start(&guests, row)) {
+    if (!sparse_begin(&guests, row, way, pattern)) {
         return;
     }
-    if (sparse_set_way(&guests, way)) {
-        sparse_prepare(&guests, pattern);
-        if (row->act) {
-            row->act(&guests);
-        } else {
-            sparse_migrate(&guests, row->during);
-        }
-        sparse_check(&guests);
-        if (row->check) {
-            row->check(&guests);
-        }
+    if (row->act) {
+        row->act(&guests);
+    } else {
+        sparse_migrate(&guests, row->during);
+    }
+    sparse_check(&guests);
+    if (row->check) {
+        row->check(&guests);
     }
     sparse_end(&guests);
 }

@@ -203,11 +203,11 @@ void sparse_add_rows(const SparseRow *rows, size_t n);
 /*
  * The steps of a row, for tests that need them one by one.  Those that return
  * bool return false if the test has to be skipped, after saying why.  After
- * sparse_start() has returned true, sparse_end() is due.
+ * sparse_begin() has returned true, sparse_end() is due.
  */
-bool sparse_start(SparseGuests *guests, const SparseRow *row);
+bool sparse_begin(SparseGuests *guests, const SparseRow *row,
+                  const SparseWay *way, const SparsePattern *pattern);
 bool sparse_set_way(SparseGuests *guests, const SparseWay *way);
-void sparse_prepare(SparseGuests *guests, const SparsePattern *pattern);
 /* @during: NULL, or called in the middle */
 void sparse_migrate(SparseGuests *guests, void (*during)(SparseGuests *));
 void sparse_check(SparseGuests *guests);
@@ -217,7 +217,7 @@ void sparse_end(SparseGuests *guests);
 void sparse_run(const SparseRow *row, const SparseWay *way,
                 const SparsePattern *pattern);
 
-/* What the destination has written to stderr since sparse_prepare() */
+/* What the destination has written to stderr since the migration was begun */
 char *sparse_log(SparseGuests *guests);
 
 /* Give HMP a command that is silent if it succeeds; false: see above */
