@@ -2,9 +2,9 @@
  * Unit tests for zero pages and holes in guest RAM
  *
  * Runs system/ramblock-holes.c, migration/ram-holes*.c and ram-zero-runs.c on a
- * RAMBlock of its own, with stubs in place of the machine, so that decisions can
- * be tested for what is not at hand: memory pinned by a device, RDMA, seals,
- * read-only files.
+ * RAMBlock of its own, with stubs in place of the machine, so that decisions
+ * can be tested for what is not at hand: memory pinned by a device, RDMA,
+ * seals, read-only files.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -299,6 +299,13 @@ static bool memfd(TestBlock *block)
 static bool switched_off(TestBlock *block)
 {
     machine.ram_holes = false;
+    return memfd(block);
+}
+
+/* With x-ignore-shared */
+static bool ignored(TestBlock *block)
+{
+    machine.ignored = true;
     return memfd(block);
 }
 
@@ -1072,14 +1079,6 @@ static void test_private(TestBlock *block)
 {
     fill_pages(block, 8, 15);
     zero_pages(block, 4, 11);
-    assert_pages(block, 4, 11, 0);
-    assert_pages(block, 12, 15, DATA);
-}
-
-static void test_anonymous(TestBlock *block)
-{
-    fill_pages(block, 8, 15);
-    zero_pages(block, 4, 11);
     assert_pages(block, 0, 11, 0);
     assert_pages(block, 12, 15, DATA);
 }
@@ -1443,18 +1442,9 @@ static void test_other_file(TestBlock *block)
     object_unref(owner);
 }
 
-static void test_absent_switched_off(TestBlock *block)
+/* The memory is what it is, and no file has any of it. */
+static void test_absent_left_alone(TestBlock *block)
 {
-    zero_absent(block, 64);
-    g_assert_cmpint(allocated_pages(block), ==, 16);
-    assert_pages(block, 8, 23, DATA);
-}
-
-/* x-ignore-shared: the memory is what it is, and no file has any of it. */
-static void test_absent_ignored(TestBlock *block)
-{
-    machine.ignored = true;
-    memfd(block);
     zero_absent(block, 64);
     g_assert_cmpint(allocated_pages(block), ==, 16);
     assert_pages(block, 8, 23, DATA);
@@ -1874,7 +1864,7 @@ static const BlockTest tests[] = {
     { "unknown/not-set-up", memfd, test_not_set_up },
     { "unknown/find-failed", memfd, test_find_failed },
     { "unknown/private", private_memfd, test_private },
-    { "unknown/anonymous", anonymous, test_anonymous },
+    { "unknown/anonymous", anonymous, test_private },
     { "shared-anonymous", shared_anonymous, test_shared_anonymous },
     { "private/anonymous", anonymous, test_private_anonymous },
     { "private/run", none, test_private_run },
@@ -1892,11 +1882,11 @@ static const BlockTest tests[] = {
     { "absent/private-file", private_memfd, test_absent_private_file },
     { "absent/hugetlb", hugetlb, test_absent_hugetlb },
     { "absent/private-hugetlb", private_hugetlb, test_absent_private_hugetlb },
-    { "absent/switched-off", switched_off, test_absent_switched_off },
+    { "absent/switched-off", switched_off, test_absent_left_alone },
     { "absent/slices", none, test_absent_slices },
     { "pristine", none, test_pristine },
     { "other-file", none, test_other_file },
-    { "absent/ignored", none, test_absent_ignored },
+    { "absent/ignored", ignored, test_absent_left_alone },
     { "hugetlb", hugetlb, test_hugetlb },
     { "thp", none, test_thp },
     { "run", memfd, test_run },
