@@ -186,9 +186,19 @@ static const SparseWay postcopy_tls = { .name = "tls", POSTCOPY(), TLS };
 
 /* Hooks */
 
+static void set_source(SparseGuests *guests)
+{
+    migrate_set_capability(guests->from, CAPABILITY, true);
+}
+
 static void set_destination(SparseGuests *guests)
 {
     migrate_set_capability(guests->to, CAPABILITY, true);
+}
+
+static void set_both(SparseGuests *guests)
+{
+    sparse_set_both(guests, CAPABILITY);
 }
 
 /* It is the source that would start COLO */
@@ -402,6 +412,7 @@ static void migrate_source_only(SparseGuests *guests)
 #define ZEROED .size = ZEROED_SIZE, .patterns = { &lab_zeroed }
 #define REWRITTEN \
     .during = rewrite_during, .expect = { SPARSE_ANY, .holes = HOLES_ANY }
+#define NO_EFFECT_WAYS .ways = { &sparse_mapped_ram, &lab_snapshot }
 
 static const SparseRow rows[] = {
     {
@@ -514,6 +525,18 @@ static const SparseRow rows[] = {
         /* It has run */
         .expect.src = SPARSE_ANY,
     },
+
+    /* With these, it has no effect, whichever side has it */
+    {
+        .name = "capability/no-effect/%w/source", SMALL, NO_EFFECT_WAYS,
+        .prepare = set_source,
+    }, {
+        .name = "capability/no-effect/%w/destination", SMALL, NO_EFFECT_WAYS,
+        .prepare = set_destination,
+    }, {
+        .name = "capability/no-effect/%w/both", SMALL, NO_EFFECT_WAYS,
+        .prepare = set_both,
+    },
 };
 
 /*
@@ -611,73 +634,16 @@ static void test_write_behind_run(const void *opaque)
     }
 }
 
-/*
- * The guest runs, and the framework looks at what it finds on the destination.
- * It also touches what arrived as a hole before the switch, which the source
- * does not send again.
- */
-
-static void *start_hook_capability(QTestState *from, QTestState *to)
-{
-    migrate_set_capability(from, CAPABILITY, true);
-    migrate_set_capability(to, CAPABILITY, true);
-    return NULL;
-}
-
-static void *start_hook_preempt(QTestState *from, QTestState *to)
-{
-    migrate_set_capability(from, "postcopy-ram", true);
-    migrate_set_capability(to, "postcopy-ram", true);
-    migrate_set_capability(from, "postcopy-preempt", true);
-    migrate_set_capability(to, "postcopy-preempt", true);
-    return start_hook_capability(from, to);
-}
-
-static void test_postcopy_live(bool preempt, bool recovery)
-{
-    const GuestRam ram = { .backend = &sparse_memfd, .size = 256 * MiB };
-    g_autofree char *opts = guest_ram_opts(&ram, NULL);
-    MigrateCommon args = {
-        .start.opts_source = opts,
-        .start.opts_target = opts,
-        .start_hook = preempt ? start_hook_preempt : start_hook_capability,
-    };
-
-    if (recovery) {
-        test_postcopy_recovery_common(&args);
-    } else {
-        test_postcopy_common(&args);
-    }
-}
-
-static void test_postcopy_live_plain(void)
-{
-    test_postcopy_live(false, false);
-}
-
-static void test_postcopy_live_preempt(void)
-{
-    test_postcopy_live(true, false);
-}
-
-static void test_postcopy_live_recovery(void)
-{
-    test_postcopy_live(false, true);
-}
-
 /* Capabilities with which this one has no effect */
 
 typedef struct NoEffectCase {
     const char *name;
     const char *property;
-    /* Otherwise the source has it */
-    bool both_sides;
-    bool file;
 } NoEffectCase;
 
 static const NoEffectCase no_effect_cases[] = {
-    { "mapped-ram", "mapped-ram", .both_sides = true, .file = true },
-    { "background-snapshot", "x-background-snapshot", .file = true },
+    { "mapped-ram", "mapped-ram" },
+    { "background-snapshot", "x-background-snapshot" },
     { "x-colo", "x-colo" },
 };
 
@@ -724,58 +690,11 @@ static void test_no_effect_set(const void *opaque)
     qtest_quit(who);
 }
 
-static void migrate_no_effect(const NoEffectCase *c, bool source,
-                              bool destination)
-{
-    static const SparseRow row = { .size = SMALL_SIZE };
-    SparseGuests guests;
-
-    if (!sparse_begin(&guests, &row, c->both_sides ? &sparse_mapped_ram
-                                                   : &lab_snapshot,
-                      &lab_long_holes)) {
-        return;
-    }
-    migrate_set_capability(guests.from, CAPABILITY, source);
-    migrate_set_capability(guests.to, CAPABILITY, destination);
-    sparse_migrate(&guests, NULL);
-    sparse_check(&guests);
-    sparse_end(&guests);
-}
-
-/* It makes no difference which side has it */
-static void test_no_effect_file(const void *opaque)
-{
-    migrate_no_effect(opaque, true, false);
-    migrate_no_effect(opaque, false, true);
-    migrate_no_effect(opaque, true, true);
-}
-
-static void add_no_effect_case(const NoEffectCase *c)
-{
-    g_autofree char *set =
-        g_strdup_printf("capability/no-effect/%s/set", c->name);
-    g_autofree char *to_file =
-        g_strdup_printf("capability/no-effect/%s/file", c->name);
-
-    lab_add_test(set, c, test_no_effect_set);
-    if (c->file) {
-        lab_add_test(to_file, c, test_no_effect_file);
-    }
-}
-
-#define LIVE_PREFIX "/migration/sparse/capability/postcopy/live/"
-
 void lab_add_capability(void)
 {
     sparse_add_rows(rows, ARRAY_SIZE(rows));
     lab_add_test("capability/multifd/write-behind-run", NULL,
                  test_write_behind_run);
-    for (size_t i = 0; i < ARRAY_SIZE(no_effect_cases); i++) {
-        add_no_effect_case(&no_effect_cases[i]);
-    }
-    if (sparse_env->full_set && sparse_env->has_uffd) {
-        migration_test_add(LIVE_PREFIX "plain", test_postcopy_live_plain);
-        migration_test_add(LIVE_PREFIX "preempt", test_postcopy_live_preempt);
-        migration_test_add(LIVE_PREFIX "recovery", test_postcopy_live_recovery);
-    }
+    LAB_ADD_CASES("capability/no-effect/set/", no_effect_cases,
+                  test_no_effect_set);
 }

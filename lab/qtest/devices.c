@@ -415,27 +415,10 @@ static PageKind cpr_kind(uint64_t page, uint64_t pages)
 
 static const SparsePattern cpr_pattern = { "cpr", cpr_kind };
 
-/* What a process occupies, with its page tables, in bytes */
+/* What a process occupies, with its page tables */
 static uint64_t process_bytes(pid_t pid)
 {
-    g_autofree char *path = g_strdup_printf("/proc/%d/status", pid);
-    g_autofree char *status = NULL;
-    g_auto(GStrv) lines = NULL;
-    uint64_t bytes = 0;
-    int i;
-
-    g_assert(g_file_get_contents(path, &status, NULL, NULL));
-    lines = g_strsplit(status, "\n", -1);
-    for (i = 0; lines[i]; i++) {
-        uint64_t kib;
-
-        if (sscanf(lines[i], "VmRSS: %" SCNu64 " kB", &kib) == 1 ||
-            sscanf(lines[i], "VmPTE: %" SCNu64 " kB", &kib) == 1) {
-            bytes += kib * KiB;
-        }
-    }
-    g_assert_cmpuint(bytes, >, 0);
-    return bytes;
+    return lab_status_bytes(pid, "VmRSS") + lab_status_bytes(pid, "VmPTE");
 }
 
 /*

@@ -363,7 +363,7 @@ static void dump_destination(SparseGuests *guests)
     g_assert(lab_wait_for_dump(guests->to, LAB_TIMEOUT));
     complete(guests);
 
-    lab_check_elf_dump(&guests->src, guests->kinds, guests->file);
+    lab_check_elf_dump(&guests->src, guests->kinds, guests->file, 0, 0);
     check_early_holes(guests);
 }
 

@@ -11,7 +11,6 @@
 
 #include "qemu/osdep.h"
 
-#include <elf.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
@@ -117,11 +116,10 @@ typedef enum DumpTarget {
     DUMP_PIPE,
 } DumpTarget;
 
+/* A row, and what it dumps */
 typedef struct DumpCase {
-    const char *name;
+    SparseRow row;
     const char *format;
-    const SparseBackend *backend;
-    const SparsePattern *pattern;
     DumpTarget target;
     bool detach;
     /* Only a part of the memory, unless 0 */
@@ -131,66 +129,6 @@ typedef struct DumpCase {
 
 #define DUMP_OLD_SIZE (PATTERN_SIZE / 2 + 12345)
 #define DUMP_OLD_DATA 0xa5
-
-static const DumpCase dump_cases[] = {
-    { "dump/elf", "elf", &sparse_memfd, &sparse_mixed },
-    { "dump/elf-runs", "elf", &sparse_memfd, &lab_runs },
-    { "dump/elf-detach", "elf", &sparse_memfd, &lab_runs, .detach = true },
-    { "dump/elf-used-file", "elf", &sparse_memfd, &lab_runs,
-      DUMP_FILE_USED },
-    { "dump/elf-append", "elf", &sparse_memfd, &lab_runs, DUMP_FILE_APPEND },
-    { "dump/elf-pipe", "elf", &sparse_memfd, &lab_runs, DUMP_PIPE },
-    { "dump/elf-filter", "elf", &sparse_memfd, &sparse_mixed,
-      .begin = 2 * MiB + 0x800, .length = 32 * MiB + 0x100 },
-    { "dump/elf-shm-file-offset", "elf", &lab_shm_file_offset,
-      &sparse_mixed },
-    { "dump/elf-private", "elf", &lab_private, &sparse_mixed },
-    { "dump/elf-hugetlb", "elf", &sparse_hugetlb, &sparse_mixed },
-    { "dump/elf-hugetlb-filter", "elf", &sparse_hugetlb, &sparse_mixed,
-      .begin = 2 * MiB + 0x800, .length = 32 * MiB + 0x100 },
-    { "dump/kdump-zlib-detach", "kdump-zlib", &sparse_memfd, &lab_runs,
-      .detach = true },
-    { "dump/kdump-zlib-private", "kdump-zlib", &lab_private,
-      &sparse_mixed },
-    { "dump/kdump-zlib-hugetlb", "kdump-zlib", &sparse_hugetlb, &sparse_mixed },
-};
-
-/* Compare a part of the memory that need not begin or end with a page */
-static void check_filtered_dump(const SparseGuests *guests, const DumpCase *c,
-                                const char *path)
-{
-    const GuestRam *ram = &guests->src;
-    g_autofree char *page = g_malloc(ram->page_size);
-    g_autofree char *buf = g_malloc(ram->page_size);
-    uint64_t size;
-    Elf64_Ehdr header;
-    Elf64_Phdr phdr;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-
-    g_assert_cmpint(fd, >=, 0);
-    g_assert_cmpint(pread(fd, &header, sizeof(header), 0), ==, sizeof(header));
-    /* A note, and the part */
-    g_assert_cmpint(header.e_phnum, ==, 2);
-    g_assert_cmpint(pread(fd, &phdr, sizeof(phdr),
-                          header.e_phoff + header.e_phentsize),
-                    ==, sizeof(phdr));
-    g_assert_cmphex(phdr.p_paddr, ==, c->begin);
-    g_assert_cmphex(phdr.p_filesz, ==, c->length);
-
-    for (uint64_t done = 0; done < c->length; done += size) {
-        uint64_t address = c->begin + done;
-        uint64_t in_page = address % ram->page_size;
-
-        size = MIN(ram->page_size - in_page, c->length - done);
-        sparse_pattern_page((uint64_t *)page, guests->kinds,
-                            address / ram->page_size, ram->page_size);
-        g_assert_cmpint(pread(fd, buf, size, phdr.p_offset + done), ==, size);
-        if (memcmp(page + in_page, buf, size)) {
-            g_error("guest memory at 0x%" PRIx64 " is wrong", address);
-        }
-    }
-    close(fd);
-}
 
 /* QEMU writes shorter holes as zeroes */
 #define DUMP_HOLE_MIN (64 * KiB)
@@ -252,12 +190,16 @@ static void close_dump_target(DumpTarget target, FILE *file)
     }
 }
 
-static void dump_guest(const DumpCase *c, QTestState *who, const char *path)
+static void dump_guest(SparseGuests *guests)
 {
+    const DumpCase *c = container_of(guests->row, DumpCase, row);
     g_autofree char *protocol = NULL;
+    QTestState *who = guests->from;
     QDict *args = qdict_new();
-    FILE *file = open_dump_target(c->target, path);
+    FILE *file;
 
+    unlink(guests->file);
+    file = open_dump_target(c->target, guests->file);
     if (file) {
         int fd = fileno(file);
 
@@ -265,7 +207,7 @@ static void dump_guest(const DumpCase *c, QTestState *who, const char *path)
                                      "'arguments': { 'fdname': 'dump' } }");
         protocol = g_strdup("fd:dump");
     } else {
-        protocol = g_strdup_printf("file:%s", path);
+        protocol = g_strdup_printf("file:%s", guests->file);
     }
     qdict_put_bool(args, "paging", false);
     qdict_put_bool(args, "detach", c->detach);
@@ -281,42 +223,52 @@ static void dump_guest(const DumpCase *c, QTestState *who, const char *path)
     close_dump_target(c->target, file);
 }
 
-/* There is no migration */
-static void is_dumped(SparseGuests *guests)
+static void check_dump(SparseGuests *guests)
 {
-}
+    const DumpCase *c = container_of(guests->row, DumpCase, row);
 
-static void test_dump(const void *opaque)
-{
-    const DumpCase *c = opaque;
-    SparseRow row = {
-        .backend = c->backend,
-        /*
-         * A write to a private mapping allocates a page of the file, too, which
-         * stays zero, and which the kernel can free at any time.
-         */
-        .expect.src = c->backend == &lab_private ? SPARSE_RELEASED : 0,
-        .expect.sparse_file = !g_str_equal(c->format, "elf"),
-        .act = is_dumped,
-    };
-    SparseGuests guests;
-
-    if (!sparse_begin(&guests, &row, &sparse_precopy, c->pattern)) {
+    if (!g_str_equal(c->format, "elf")) {
         return;
     }
-    unlink(guests.file);
-    dump_guest(c, guests.from, guests.file);
-    sparse_check(&guests);
-    if (c->length) {
-        check_filtered_dump(&guests, c, guests.file);
-    } else if (g_str_equal(c->format, "elf")) {
-        lab_check_elf_dump(&guests.src, guests.kinds, guests.file);
-        if (c->target == DUMP_FILE || c->target == DUMP_FILE_USED) {
-            check_dump_file(&guests, guests.file);
-        }
+    lab_check_elf_dump(&guests->src, guests->kinds, guests->file,
+                       c->begin, c->length);
+    if (!c->length &&
+        (c->target == DUMP_FILE || c->target == DUMP_FILE_USED)) {
+        check_dump_file(guests, guests->file);
     }
-    sparse_end(&guests);
 }
+
+#define DUMP(dump) \
+    .name = "modes/dump/" dump, .act = dump_guest, .check = check_dump
+#define ELF(dump) .format = "elf", .row = { DUMP(dump) }
+#define RUNS .row.patterns = { &lab_runs }
+#define FILTER .begin = 2 * MiB + 0x800, .length = 32 * MiB + 0x100
+#define KDUMP(dump) \
+    .format = "kdump-zlib", \
+    .row = { DUMP(dump), .expect.sparse_file = true }
+/*
+ * A write to a private mapping allocates a page of the file, too, which stays
+ * zero, and which the kernel can free at any time.
+ */
+#define PRIVATE \
+    .row.backend = &lab_private, .row.expect.src = SPARSE_RELEASED
+
+static const DumpCase dump_cases[] = {
+    { ELF("elf") },
+    { ELF("elf-runs"), RUNS },
+    { ELF("elf-detach"), RUNS, .detach = true },
+    { ELF("elf-used-file"), RUNS, .target = DUMP_FILE_USED },
+    { ELF("elf-append"), RUNS, .target = DUMP_FILE_APPEND },
+    { ELF("elf-pipe"), RUNS, .target = DUMP_PIPE },
+    { ELF("elf-filter"), FILTER },
+    { ELF("elf-shm-file-offset"), .row.backend = &lab_shm_file_offset },
+    { ELF("elf-private"), PRIVATE },
+    { ELF("elf-hugetlb"), .row.backend = &sparse_hugetlb },
+    { ELF("elf-hugetlb-filter"), .row.backend = &sparse_hugetlb, FILTER },
+    { KDUMP("kdump-zlib-detach"), RUNS, .detach = true },
+    { KDUMP("kdump-zlib-private"), PRIVATE },
+    { KDUMP("kdump-zlib-hugetlb"), .row.backend = &sparse_hugetlb },
+};
 
 static void measure_dirty_rate(SparseGuests *guests)
 {
@@ -402,12 +354,12 @@ static void test_other_process(const void *opaque)
     sparse_end(&guests);
 }
 
-/* Internal snapshots: one QEMU, and a qcow2 image that takes them */
+/* Internal snapshots, of the source, in a qcow2 image */
 
 #define DISK "disk0"
 #define TAG "snapshot0"
-/* I/O port of the interrupt mask of a PC's first interrupt controller */
-#define PIC_MASK 0x21
+/* I/O port of the scratch register of a PC's first serial port */
+#define SERIAL_SCRATCH 0x3ff
 
 static bool job_is_concluded(QTestState *who, const char *id)
 {
@@ -443,10 +395,12 @@ static void wait_for_job(QTestState *who, const char *id)
 /* QEMU makes the image, so that this does not depend on qemu-img */
 static void add_disk(QTestState *who, const char *path)
 {
+    /* The disk that the framework gives it takes no snapshots */
+    g_assert(sparse_try(who, "drive_del d0"));
     qtest_qmp_assert_success(who, "{ 'execute': 'blockdev-create',"
                              "'arguments': { 'job-id': 'create', 'options': {"
-                             "'driver': 'file', 'filename': %s, 'size': 0 } } }",
-                             path);
+                             "'driver': 'file', 'filename': %s,"
+                             "'size': 0 } } }", path);
     wait_for_job(who, "create");
     qtest_qmp_assert_success(who, "{ 'execute': 'blockdev-add', 'arguments': {"
                              "'driver': 'file', 'node-name': 'file0',"
@@ -477,38 +431,14 @@ static void snapshot_hmp(QTestState *who, const char *command)
     g_assert_cmpstr(output, ==, "");
 }
 
+/* A row, whose .expect.dst is what is allocated when it has been loaded */
 typedef struct SnapshotCase {
-    const char *name;
-    const SparseBackend *backend;
-    const SparsePattern *pattern;
-    SparseAllocation expect;
-    const char *object_opts;
+    SparseRow row;
     bool hmp;
     /* The capability sparse-ram, which snapshots ignore, is on meanwhile */
     bool capability_save;
     bool capability_load;
 } SnapshotCase;
-
-static const SnapshotCase snapshot_cases[] = {
-    { "memfd/mixed", &sparse_memfd, &sparse_mixed },
-    { "memfd/ends", &sparse_memfd, &lab_ends },
-    { "memfd/empty", &sparse_memfd, &sparse_empty },
-    { "memfd/hmp", &sparse_memfd, &sparse_mixed, .hmp = true },
-    { "memfd/prealloc", &sparse_memfd, &sparse_mixed, SPARSE_FULL,
-      ",prealloc=on" },
-    { "memfd/capability-save", &sparse_memfd, &sparse_mixed,
-      .capability_save = true },
-    { "memfd/capability-load", &sparse_memfd, &sparse_mixed,
-      .capability_load = true },
-    { "memfd/capability", &sparse_memfd, &sparse_mixed,
-      .capability_save = true, .capability_load = true },
-    { "shm-file-offset/mixed", &lab_shm_file_offset, &sparse_mixed,
-      SPARSE_RELEASED },
-    { "ram-shared/mixed", &lab_ram_shared, &sparse_mixed },
-    { "hugetlb/mixed", &sparse_hugetlb, &sparse_mixed, SPARSE_ANY },
-    { "ram/mixed", &lab_ram, &sparse_mixed, SPARSE_ANY },
-    { "memfd-private/mixed", &lab_private, &sparse_mixed, SPARSE_ANY },
-};
 
 static void load(const SnapshotCase *c, QTestState *who)
 {
@@ -519,54 +449,27 @@ static void load(const SnapshotCase *c, QTestState *who)
     }
 }
 
-static QTestState *start_with_disk(GuestRam *ram, const SparseBackend *backend,
-                                   const char *object, const char *path)
+static void check_loaded(const SparseGuests *guests,
+                         const GuestRamState *before)
 {
-    g_autofree char *memory = NULL;
-    QTestState *who;
+    const GuestRam *ram = &guests->src;
+    g_autofree unsigned long *data = sparse_data_pages(guests->kinds,
+                                                       ram->pages);
 
-    g_assert(guest_ram_init(ram, backend, 0));
-    memory = guest_ram_opts(ram, object);
-    who = qtest_initf("-nodefaults -machine q35 -S %s", memory);
-    guest_ram_open(ram, who);
-    add_disk(who, path);
-    return who;
-}
-
-static void check_loaded(const SnapshotCase *c, const GuestRam *ram,
-                         const uint8_t *kinds, const GuestRamState *before)
-{
-    g_autofree unsigned long *data = sparse_data_pages(kinds, ram->pages);
-
-    guest_ram_check_allocation(ram, c->expect ?: SPARSE_DATA, before, data);
-    guest_ram_check_pattern(ram, kinds);
+    guest_ram_check_allocation(ram, guests->row->expect.dst ?: SPARSE_DATA,
+                               before, data);
+    guest_ram_check_pattern(ram, guests->kinds);
 }
 
 /* A guest goes back to what it was; what it has become since is gone. */
-static void test_snapshot(const void *opaque)
+static void save_and_load(SparseGuests *guests)
 {
-    const SnapshotCase *c = opaque;
-    const char *reason = c->backend->skip_reason ? c->backend->skip_reason()
-                                                 : NULL;
-    g_autofree char *path = g_strdup_printf("%s/disk", sparse_env->tmpfs);
-    g_autofree uint8_t *kinds = NULL;
+    const SnapshotCase *c = container_of(guests->row, SnapshotCase, row);
+    const GuestRam *ram = &guests->src;
     g_auto(GuestRamState) before = { };
-    SparseGuests stale = { };
-    QTestState *who;
-    GuestRam ram;
+    QTestState *who = guests->from;
 
-    if (reason) {
-        g_test_skip(reason);
-        return;
-    }
-    who = start_with_disk(&ram, c->backend, c->object_opts, path);
-    kinds = sparse_pattern_new(c->pattern, ram.pages);
-    if (!c->backend->bytes && !c->object_opts) {
-        /* What the firmware has written is no part of the pattern */
-        guest_ram_punch(&ram);
-    }
-    guest_ram_prepare(&ram, kinds);
-    guest_ram_state_take(&before, &ram);
+    add_disk(who, guests->file);
     migrate_set_capability(who, "sparse-ram", c->capability_save);
     if (c->hmp) {
         snapshot_hmp(who, "savevm");
@@ -574,98 +477,126 @@ static void test_snapshot(const void *opaque)
         snapshot(who, "snapshot-save");
     }
     migrate_set_capability(who, "sparse-ram", c->capability_load);
-    if (!c->backend->bytes) {
-        guest_ram_check_allocation(&ram, SPARSE_KEPT, &before, NULL);
+    if (!ram->backend->bytes) {
+        guest_ram_check_allocation(ram, SPARSE_KEPT, &guests->src_before, NULL);
     }
-    guest_ram_check_pattern(&ram, kinds);
+    guest_ram_check_pattern(ram, guests->kinds);
 
-    stale.dst = ram;
-    if (ram.file_fd >= 0) {
-        lab_make_private_stale(&stale);
+    if (ram->file_fd >= 0) {
+        lab_make_private_stale(ram);
     } else {
-        guest_ram_make_stale(&ram);
+        guest_ram_make_stale(ram);
     }
-    guest_ram_state_take(&before, &ram);
+    guest_ram_state_take(&before, ram);
     load(c, who);
-    check_loaded(c, &ram, kinds, &before);
+    check_loaded(guests, &before);
 
     /* Once more, to a guest that has nothing at all */
-    if (!c->expect) {
-        guest_ram_punch(&ram);
-        guest_ram_state_take(&before, &ram);
+    if (!guests->row->expect.dst) {
+        guest_ram_punch(ram);
+        guest_ram_state_take(&before, ram);
         load(c, who);
-        check_loaded(c, &ram, kinds, &before);
+        check_loaded(guests, &before);
     }
-    qtest_quit(who);
-    unlink(path);
-    guest_ram_close(&ram);
 }
 
 /* QEMU 10.0 has no snapshots with mapped RAM: it says so before it resets */
-static void check_mapped_ram_refused(QTestState *who, GuestRam *ram,
-                                     const uint8_t *kinds)
+static void check_mapped_ram_refused(SparseGuests *guests)
 {
+    QTestState *who = guests->from;
     g_autofree char *output = NULL;
 
     migrate_set_capability(who, "mapped-ram", false);
     snapshot(who, "snapshot-save");
     migrate_set_capability(who, "mapped-ram", true);
-    /* The interrupt mask is 0 after a reset */
-    qtest_outb(who, PIC_MASK, 0x5a);
+    /* It is 0 after a reset */
+    qtest_outb(who, SERIAL_SCRATCH, 0x5a);
     output = qtest_hmp(who, "loadvm " TAG);
     g_assert(strstr(output, "mapped-ram"));
-    g_assert_cmphex(qtest_inb(who, PIC_MASK), ==, 0x5a);
-    guest_ram_check_pattern(ram, kinds);
+    g_assert_cmphex(qtest_inb(who, SERIAL_SCRATCH), ==, 0x5a);
+    guest_ram_check_pattern(&guests->src, guests->kinds);
 }
 
 /* Pages that are not in the snapshot were zero, whatever is there now. */
-static void check_mapped_ram_loaded(QTestState *who, GuestRam *ram,
-                                    const uint8_t *kinds)
+static void save_and_load_mapped_ram(SparseGuests *guests)
 {
-    g_autofree unsigned long *data = sparse_data_pages(kinds, ram->pages);
     g_auto(GuestRamState) before = { };
-
-    guest_ram_make_stale(ram);
-    guest_ram_state_take(&before, ram);
-    snapshot_hmp(who, "loadvm");
-    guest_ram_check_allocation(ram, SPARSE_DATA, &before, data);
-    guest_ram_check_pattern(ram, kinds);
-}
-
-static void test_snapshot_mapped_ram(const void *opaque)
-{
-    g_autofree char *path = g_strdup_printf("%s/disk", sparse_env->tmpfs);
-    g_autofree uint8_t *kinds = NULL;
     g_autofree char *output = NULL;
-    QTestState *who;
-    GuestRam ram;
 
-    who = start_with_disk(&ram, &sparse_memfd, NULL, path);
-    kinds = sparse_pattern_new(&sparse_mixed, ram.pages);
-    guest_ram_punch(&ram);
-    guest_ram_prepare(&ram, kinds);
-    migrate_set_capability(who, "mapped-ram", true);
-    output = qtest_hmp(who, "savevm " TAG);
+    add_disk(guests->from, guests->file);
+    migrate_set_capability(guests->from, "mapped-ram", true);
+    output = qtest_hmp(guests->from, "savevm " TAG);
     if (*output) {
         g_assert(strstr(output, "mapped-ram"));
-        check_mapped_ram_refused(who, &ram, kinds);
-    } else {
-        check_mapped_ram_loaded(who, &ram, kinds);
+        check_mapped_ram_refused(guests);
+        return;
+    }
+    guest_ram_make_stale(&guests->src);
+    guest_ram_state_take(&before, &guests->src);
+    snapshot_hmp(guests->from, "loadvm");
+    check_loaded(guests, &before);
+}
+
+static const SparseBackend prealloc = {
+    .object = "memory-backend-memfd,share=on,prealloc=on",
+    .link = "/memfd:",
+};
+
+/* The source is not what it was before: that is looked at when it is loaded */
+#define LOADVM(test) \
+    .row = { \
+        .name = "loadvm/" test, .act = save_and_load, .expect.src = SPARSE_ANY \
     }
 
-    qtest_quit(who);
-    unlink(path);
-    guest_ram_close(&ram);
-}
+static const SnapshotCase snapshot_cases[] = {
+    { LOADVM("memfd/mixed") },
+    { LOADVM("memfd/ends"), .row.patterns = { &lab_ends } },
+    { LOADVM("memfd/empty"), .row.patterns = { &sparse_empty } },
+    { LOADVM("memfd/hmp"), .hmp = true },
+    {
+        LOADVM("memfd/prealloc"), .row.backend = &prealloc,
+        .row.expect.dst = SPARSE_FULL,
+    },
+    { LOADVM("memfd/capability-save"), .capability_save = true },
+    { LOADVM("memfd/capability-load"), .capability_load = true },
+    {
+        LOADVM("memfd/capability"),
+        .capability_save = true, .capability_load = true,
+    }, {
+        LOADVM("shm-file-offset/mixed"), .row.backend = &lab_shm_file_offset,
+        .row.expect.dst = SPARSE_RELEASED,
+    },
+    { LOADVM("ram-shared/mixed"), .row.backend = &lab_ram_shared },
+    {
+        LOADVM("hugetlb/mixed"), .row.backend = &sparse_hugetlb,
+        .row.expect.dst = SPARSE_ANY,
+    }, {
+        LOADVM("ram/mixed"), .row.backend = &lab_ram,
+        .row.expect.dst = SPARSE_ANY,
+    }, {
+        LOADVM("memfd-private/mixed"), .row.backend = &lab_private,
+        .row.expect.dst = SPARSE_ANY,
+    }, {
+        .row = {
+            .name = "loadvm/mapped-ram", .act = save_and_load_mapped_ram,
+            .expect.src = SPARSE_ANY,
+        },
+    },
+};
 
 void lab_add_readers(void)
 {
-    LAB_ADD_CASES("modes/", dump_cases, test_dump);
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(dump_cases); i++) {
+        sparse_add_rows(&dump_cases[i].row, 1);
+    }
     sparse_add_rows(rows, ARRAY_SIZE(rows));
     lab_add_test("modes/other-process/precopy", &sparse_precopy,
                  test_other_process);
     lab_add_test("modes/other-process/multifd", &sparse_multifd,
                  test_other_process);
-    LAB_ADD_CASES("loadvm/", snapshot_cases, test_snapshot);
-    lab_add_test("loadvm/mapped-ram", NULL, test_snapshot_mapped_ram);
+    for (i = 0; i < ARRAY_SIZE(snapshot_cases); i++) {
+        sparse_add_rows(&snapshot_cases[i].row, 1);
+    }
 }

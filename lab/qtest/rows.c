@@ -148,6 +148,11 @@ static void reserve_destination(SparseGuests *guests)
                                 guests->dst.size));
 }
 
+static void make_destination_stale(SparseGuests *guests)
+{
+    lab_make_private_stale(&guests->dst);
+}
+
 /* Can 2 GiB be locked?  (QEMU locks more than the guest's RAM.) */
 static const char *lock_skip_reason(void)
 {
@@ -202,19 +207,6 @@ static void map_populated_pages(SparseGuests *guests)
     }
 }
 
-/* The page tables of a process */
-static uint64_t table_bytes(pid_t pid)
-{
-    g_autofree char *path = g_strdup_printf("/proc/%d/status", pid);
-    g_autofree char *status = NULL;
-    const char *line;
-
-    g_assert(g_file_get_contents(path, &status, NULL, NULL));
-    line = strstr(status, "\nVmPTE:");
-    g_assert(line);
-    return g_ascii_strtoull(line + strlen("\nVmPTE:"), NULL, 10) * KiB;
-}
-
 static const char *pagemap_skip_reason(void)
 {
     return access("/proc/self/pagemap", R_OK) == 0
@@ -224,11 +216,11 @@ static const char *pagemap_skip_reason(void)
 /* The content is not looked at, which would make page tables for it */
 static void migrate_idle(SparseGuests *guests)
 {
-    uint64_t before = table_bytes(guests->dst.pid);
+    uint64_t before = lab_status_bytes(guests->dst.pid, "VmPTE");
 
     sparse_migrate(guests, NULL);
     /* There may be less of them than before */
-    g_assert_cmpuint(table_bytes(guests->dst.pid), <=,
+    g_assert_cmpuint(lab_status_bytes(guests->dst.pid, "VmPTE"), <=,
                      before + MAX_IDLE_TABLES);
     g_assert_cmpuint(guest_ram_allocated_bytes(&guests->dst), <=,
                      MAX_IDLE_GROWTH);
@@ -584,7 +576,7 @@ static const SparseRow rows[] = {
     }, {
         .name = "file/memfd-private/stale/%w", .backend = &lab_private,
         .ways = ALL_FILES,
-        .prepare = lab_make_private_stale, .expect = PRIVATE,
+        .prepare = make_destination_stale, .expect = PRIVATE,
     }, {
         .name = "file/memfd/none/%w", .ways = { &lab_mapped_ram_none },
         .stale = true, .expect.dst = SPARSE_ANY,

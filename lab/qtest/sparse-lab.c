@@ -105,9 +105,8 @@ GuestRam lab_file_of_private(const GuestRam *ram)
     return file;
 }
 
-void lab_make_private_stale(SparseGuests *guests)
+void lab_make_private_stale(const GuestRam *ram)
 {
-    const GuestRam *ram = &guests->dst;
     const GuestRam file = lab_file_of_private(ram);
     g_autofree void *ones = g_malloc(ram->page_size);
     uint64_t page;
@@ -276,6 +275,19 @@ const SparseWay lab_postcopy_multifd_preempt = {
 
 /* Waiting and looking */
 
+uint64_t lab_status_bytes(pid_t pid, const char *name)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/status", pid);
+    g_autofree char *label = g_strdup_printf("\n%s:", name);
+    g_autofree char *status = NULL;
+    const char *line;
+
+    g_assert(g_file_get_contents(path, &status, NULL, NULL));
+    line = strstr(status, label);
+    g_assert(line);
+    return g_ascii_strtoull(line + strlen(label), NULL, 10) * KiB;
+}
+
 unsigned lab_count_lines(const char *log, const char *text, const char *more)
 {
     g_auto(GStrv) lines = g_strsplit(log, "\n", -1);
@@ -287,27 +299,11 @@ unsigned lab_count_lines(const char *log, const char *text, const char *more)
     return count;
 }
 
-void lab_wait_for_status(QTestState *who, const char *goal)
-{
-    int64_t start = g_get_monotonic_time();
-
-    while (true) {
-        g_autofree char *status = migrate_query_status(who);
-
-        if (g_str_equal(status, goal)) {
-            return;
-        }
-        g_assert_cmpstr(status, !=, "failed");
-        g_assert_cmpint(g_get_monotonic_time() - start, <, LAB_TIMEOUT);
-        g_usleep(10000);
-    }
-}
-
 void lab_pause_channel(SparseGuests *guests)
 {
     migrate_pause(guests->from);
-    lab_wait_for_status(guests->to, "postcopy-paused");
-    lab_wait_for_status(guests->from, "postcopy-paused");
+    wait_for_migration_status(guests->to, "postcopy-paused", NULL);
+    wait_for_migration_status(guests->from, "postcopy-paused", NULL);
 }
 
 void lab_recover_channel(SparseGuests *guests)
@@ -317,7 +313,7 @@ void lab_recover_channel(SparseGuests *guests)
 
     migrate_recover(guests->to, uri);
     migrate_qmp(guests->from, guests->to, uri, NULL, "{'resume': true}");
-    lab_wait_for_status(guests->to, "postcopy-active");
+    wait_for_migration_status(guests->to, "postcopy-active", NULL);
 }
 
 uint64_t lab_last_of_kind(const SparseGuests *guests, PageKind kind,
@@ -380,13 +376,38 @@ void lab_wait_for_dirty_rate(QTestState *who)
     } while (!measured);
 }
 
-void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
-                        const char *path)
+/* Of a segment, compare what is main memory; returns how many bytes are */
+static uint64_t check_segment(const GuestRam *ram, const uint8_t *kinds, int fd,
+                              const Elf64_Phdr *phdr)
 {
-    uint64_t size = qemu_real_host_page_size(), compared = 0, done;
+    uint64_t host_page = qemu_real_host_page_size(), compared = 0, done, size;
     g_autofree char *expected = g_malloc(ram->page_size);
-    g_autofree char *buf = g_malloc(size);
+    g_autofree char *buf = g_malloc(host_page);
+
+    for (done = 0; done < phdr->p_filesz; done += size) {
+        uint64_t address = phdr->p_paddr + done;
+
+        size = MIN(host_page - address % host_page, phdr->p_filesz - done);
+        if (address >= ram->size ||
+            (address >= PC_BASE_MEMORY_END && address < MiB)) {
+            continue;
+        }
+        sparse_pattern_page((uint64_t *)expected, kinds,
+                            address / ram->page_size, ram->page_size);
+        g_assert_cmpint(pread(fd, buf, size, phdr->p_offset + done), ==, size);
+        if (memcmp(buf, expected + address % ram->page_size, size)) {
+            g_error("0x%" PRIx64 " is wrong in the dump", address);
+        }
+        compared += size;
+    }
+    return compared;
+}
+
+void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
+                        const char *path, uint64_t begin, uint64_t length)
+{
     int i, fd = open(path, O_RDONLY | O_CLOEXEC);
+    uint64_t compared = 0;
     Elf64_Ehdr header;
     Elf64_Phdr phdr;
 
@@ -397,26 +418,18 @@ void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
         g_assert_cmpint(pread(fd, &phdr, sizeof(phdr),
                               header.e_phoff + i * header.e_phentsize),
                         ==, sizeof(phdr));
-        for (done = 0; phdr.p_type == PT_LOAD && done < phdr.p_filesz;
-             done += size) {
-            uint64_t address = phdr.p_paddr + done;
-
-            if (address >= ram->size ||
-                (address >= PC_BASE_MEMORY_END && address < MiB)) {
-                continue;
-            }
-            sparse_pattern_page((uint64_t *)expected, kinds,
-                                address / ram->page_size, ram->page_size);
-            g_assert_cmpint(pread(fd, buf, size, phdr.p_offset + done),
-                            ==, size);
-            if (memcmp(buf, expected + address % ram->page_size, size)) {
-                g_error("0x%" PRIx64 " is wrong in the dump", address);
-            }
-            compared += size;
+        if (phdr.p_type != PT_LOAD) {
+            continue;
         }
+        if (length) {
+            g_assert_cmphex(phdr.p_paddr, ==, begin);
+            g_assert_cmphex(phdr.p_filesz, ==, length);
+        }
+        compared += check_segment(ram, kinds, fd, &phdr);
     }
     close(fd);
-    g_assert_cmpuint(compared, ==, ram->size - (MiB - PC_BASE_MEMORY_END));
+    g_assert_cmpuint(compared, ==,
+                     length ?: ram->size - (MiB - PC_BASE_MEMORY_END));
 }
 
 void lab_add_test(const char *name, const void *data,

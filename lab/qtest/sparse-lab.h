@@ -29,8 +29,8 @@ void lab_open_private(GuestRam *ram, QTestState *who);
 uint64_t lab_private_bytes(const GuestRam *ram);
 /* The file behind it */
 GuestRam lab_file_of_private(const GuestRam *ram);
-/* Old data in the file of the destination, and in copies of its own */
-void lab_make_private_stale(SparseGuests *guests);
+/* Old data in the file, and in copies of its own */
+void lab_make_private_stale(const GuestRam *ram);
 
 extern const SparsePattern lab_alternate, lab_dense, lab_runs, lab_ends,
                            lab_zeroed, lab_long_holes;
@@ -47,11 +47,11 @@ extern const SparseWay lab_multifd_legacy, lab_xbzrle, lab_file,
     &sparse_mapped_ram, &lab_mapped_ram_multifd, &lab_mapped_ram_direct
 #define ALL_FILES { &lab_file, ALL_MAPPED }
 
+/* What /proc/PID/status says in KiB, such as VmRSS */
+uint64_t lab_status_bytes(pid_t pid, const char *name);
+
 /* Count the lines of a log that have both texts */
 unsigned lab_count_lines(const char *log, const char *text, const char *more);
-
-/* Wait for query-migrate's status; unlike the framework, only so long */
-void lab_wait_for_status(QTestState *who, const char *goal);
 
 /* Break the channel of postcopy; resume with another one */
 void lab_pause_channel(SparseGuests *guests);
@@ -70,9 +70,13 @@ bool lab_wait_for_dump(QTestState *who, int64_t timeout);
 /* Wait for a dirty rate, which has to be 0 */
 void lab_wait_for_dirty_rate(QTestState *who);
 
-/* Compare what an ELF dump has of the RAM of a PC with the pattern */
+/*
+ * Compare what an ELF dump has of the RAM of a PC with the pattern.  Unless
+ * @length is 0, it is a dump of only this part, which need not begin or end
+ * with a page.
+ */
 void lab_check_elf_dump(const GuestRam *ram, const uint8_t *kinds,
-                        const char *path);
+                        const char *path, uint64_t begin, uint64_t length);
 
 void lab_add_test(const char *name, const void *data,
                   void (*test)(const void *));

@@ -137,8 +137,11 @@ static const SparseWay postcopy_multifd = {
 static const SparseWay postcopy_multifd_runs = {
     .name = "multifd-capability", POSTCOPY("multifd", "sparse-ram"),
 };
+static const SparseWay postcopy_runs = {
+    .name = "capability", POSTCOPY("sparse-ram"),
+};
 static const SparseWay postcopy_preempt_runs = {
-    .name = "capability", POSTCOPY("sparse-ram", "postcopy-preempt"),
+    .name = "capability-preempt", POSTCOPY("sparse-ram", "postcopy-preempt"),
 };
 
 /* How the guest's writes are logged */
@@ -770,7 +773,7 @@ static void test_postcopy_stress(const void *opaque)
     half_round(test, from);
     qtest_memset(from, SCRATCH_BASE, 1, writer_base(test) - SCRATCH_BASE);
     qtest_qmp_assert_success(from, "{ 'execute': 'migrate-start-postcopy' }");
-    lab_wait_for_status(to, "postcopy-active");
+    wait_for_migration_status(to, "postcopy-active", NULL);
 
     write_parameter(to, SPARSE_WRITER_TURN, WRITER_TURN_POSTCOPY);
     write_parameter(to, SPARSE_WRITER_PAGES, writer_pages(test));
@@ -829,13 +832,14 @@ static const StressTest postcopy_tests[] = {
         "postcopy/multifd-capability", POSTCOPY_GUEST,
         .way = &postcopy_multifd_runs,
     },
+    { "postcopy/capability", POSTCOPY_GUEST, .way = &postcopy_runs },
     { "postcopy/recover", POSTCOPY_GUEST, .way = &postcopy, .recover = true },
     {
         "postcopy/recover-preempt", POSTCOPY_GUEST, .way = &postcopy_preempt,
         .recover = true,
     }, {
-        "postcopy/capability", POSTCOPY_GUEST, .way = &postcopy_preempt_runs,
-        .recover = true,
+        "postcopy/recover-capability-preempt", POSTCOPY_GUEST,
+        .way = &postcopy_preempt_runs, .recover = true,
     },
 };
 
