@@ -20,7 +20,8 @@ from typing import Dict, List, Optional, Tuple
 from lab import cli, jobs
 from lab.random.case import PATCHED, STOCK, draw
 from lab.outcome import FAILED, PASSED, SKIPPED, Outcome
-from lab.random.run import Setup, run_case
+from lab.random.machine import Setup
+from lab.random.run import run_case
 
 _PROGRESS = 30.0                # seconds between lines that say how far it is
 

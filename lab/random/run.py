@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run a random migration, and compare what came of it with the model."""
 
-import ctypes
 import os
 import random
 import resource
@@ -10,63 +9,31 @@ import struct
 import tempfile
 import time
 import traceback
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Tuple
 
 from lab import UserError, host
 from lab.memory import MIB, available
-from lab.migrate import (MigrationFailed, configure, listen, run_job, watched)
+from lab.migrate import MigrationFailed, listen, run_job, watched
 from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
-from lab.qemu import GuestError, Qemu
-from lab.qtest_client import Qtest
-from lab.ram import Ram, Writer, find_blocks
-from lab.random.case import (BACKENDS, STOCK, TLS, Block, BlockSide, Case,
-                             Side, policy, source_reads)
-from lab.random.model import (DATA, HOLE, PAGE, THP, ZERO, BlockModel,
-                              Content, allowed_on_destination,
-                              allowed_on_source, expand, in_extents, in_units,
-                              minus, runs_of, some, union)
-from lab.random.writer_guest import WriterGuest
+from lab.qemu import GuestError
+from lab.ram import Ram
+from lab.random.case import Case, Side, policy, source_reads
+from lab.random.machine import TIMEOUT, Machine, Memory, Setup
+from lab.random.model import (PAGE, THP, allowed_on_destination,
+                              allowed_on_source, in_units, minus, some, union)
 
-TIMEOUT = 60.0                  # seconds, for what takes less than one
 _FAST = 8 << 30                 # bytes a second: no limit
 _POLL = 0.002                   # seconds
-_UUID = 'c7b1c2de-5b5c-4e47-9d0a-9f3a6f0a2a10'
 
 # What a QEMU may take if all of it is locked
 _LOCKED = 1 << 30
 
-# Channels are encrypted with a key that both sides have
-_KEYS = 'qemu:009d5638c40fde0c\n'
-
 # The disk that has an internal snapshot, and the snapshot's tag
 _DISK = 'disk0'
 _TAG = 'random'
-
-# Of a file with offset=, what lies behind the block
-_TAIL = 64 << 10
-
-# Where a PC has no RAM
-_NO_RAM = range(0xa0000, 0x100000)
-
-_ZEROES = memoryview(bytes(1 << 20))
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What to run the cases with.
-
-    binaries: of 'patched' and 'stock'
-    sabotage: break a promise on purpose, behind the expectations' back:
-    'stock-destination' or 'holes-off'
-    say: gets what is done
-    """
-    binaries: Dict[str, str]
-    floor: int = 1 << 30
-    sabotage: str = ''
-    say: Callable[[str], None] = lambda _: None
 
 
 # What this machine has
@@ -94,267 +61,6 @@ def _require(case: Case, directory: str, stack: ExitStack) -> None:
                           'be locked (ulimit -l)')
     if case.postcopy or case.mode == 'background-snapshot':
         host.require_userfaultfd()
-
-
-_PR_SET_THP_DISABLE = 41
-
-
-@contextmanager
-def _thp(enabled: bool) -> Iterator[None]:
-    """Processes that are started meanwhile have huge pages, or have none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def disable(value: int) -> None:
-        if libc.prctl(_PR_SET_THP_DISABLE, value, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), 'prctl(PR_SET_THP_DISABLE)')
-
-    disable(not enabled)
-    try:
-        yield
-    finally:
-        disable(0)
-
-
-# One side
-
-class Machine:
-    """One side of a case: the QEMU, its blocks, and what they have to hold."""
-
-    def __init__(self, name: str, case: Case, side: Side, setup: Setup,
-                 directory: str):
-        self.name = name
-        self.case = case
-        self.side = side
-        self._setup = setup
-        self._directory = directory
-        self.block_sides = [getattr(block, name) for block in case.blocks]
-        self._files = [self._file(number)
-                       for number in range(len(case.blocks))]
-        self.models = [self.initial(number)
-                       for number in range(len(case.blocks))]
-        self.qtest = Qtest(f'{directory}/{name}-qtest', 2 * TIMEOUT)
-        self.guest = WriterGuest(case.seed, case.blocks[0].size * MIB,
-                                 f'{directory}/{name}') \
-            if case.dirty == 'guest' else None
-        self.qemu = Qemu(name, setup.binaries[self._binary()],
-                         self._arguments())
-        self.blocks: List[Ram] = []
-        self.before: List[bytearray] = []
-        self.allocated_before: List[int] = []
-
-    def _binary(self) -> str:
-        if self.name == 'destination' and \
-                self._setup.sabotage == 'stock-destination':
-            return STOCK
-        return self.side.binary
-
-    # What there is before
-
-    def _file(self, number: int) -> Optional[str]:
-        directory = BACKENDS[self.block_sides[number].backend].directory
-        if directory is None:
-            return None
-        # The names of files below /dev/shm are everybody's
-        return (f'{directory or self._directory}/'
-                f'{os.path.basename(self._directory)}-{self.name}-{number}')
-
-    def initial(self, number: int) -> BlockModel:
-        """What a block has before the migration."""
-        case, side = self.case, self.block_sides[number]
-        pages = case.blocks[number].size * MIB // PAGE
-        kinds = expand(side.pattern, side.pattern_seed, pages, case.chunk)
-        if case.dirty == 'guest':
-            WriterGuest.clear_area(kinds)
-        return BlockModel(kinds, Content(side.pattern_seed + 1))
-
-    def _create_file(self, number: int) -> None:
-        """Also writes to it, unless that is to be done by the process."""
-        path, side = self._files[number], self.block_sides[number]
-        assert path
-        size = self.case.blocks[number].size * MIB
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
-        try:
-            os.ftruncate(fd, side.offset + size
-                         + (_TAIL if side.offset else 0))
-            if side.offset:
-                os.pwrite(fd, _around(side, 0), 0)
-                os.pwrite(fd, _around(side, 1), side.offset + size)
-            if not side.in_process:
-                _populate(Writer(fd, side.offset), self.models[number])
-        finally:
-            os.close(fd)
-
-    def check_around(self) -> None:
-        """What a file has in front of and behind the block is not touched."""
-        for number, side in enumerate(self.block_sides):
-            if not side.offset:
-                continue
-            path = self._files[number]
-            assert path
-            end = side.offset + self.case.blocks[number].size * MIB
-            with open(path, 'rb') as file:
-                if file.read(PAGE) != _around(side, 0):
-                    raise Wrong(f'{self.name}, block {number}: the file '
-                                'has changed in front of the block')
-                file.seek(end)
-                if file.read(PAGE) != _around(side, 1):
-                    raise Wrong(f'{self.name}, block {number}: the file '
-                                'has changed behind the block')
-
-    # The process
-
-    def _object(self, number: int) -> str:
-        side = self.block_sides[number]
-        options = [BACKENDS[side.backend].object(
-            f'ram{number}', self.case.blocks[number].size * MIB,
-            self._files[number] or '')]
-        if side.offset:
-            options.append(f'offset={side.offset:#x}')
-        if side.prealloc:
-            options.append('prealloc=on')
-        return ','.join(options)
-
-    def _arguments(self) -> List[str]:
-        case = self.case
-        count = len(case.blocks)
-        one = ',memory-backend=ram0' if count == 1 else ''
-        properties = dict(case.properties)
-        if self.side.binary != STOCK and self._binary() != STOCK and \
-                (not self.side.holes or self._setup.sabotage == 'holes-off'):
-            properties['x-ram-holes'] = 'off'
-        arguments = ['-nodefaults', '-no-user-config', '-uuid', _UUID,
-                     '-machine', case.machine + one,
-                     '-m', f'{sum(block.size for block in case.blocks)}M']
-        for number in range(count):
-            arguments += ['-object', self._object(number)]
-            if count > 1:
-                arguments += ['-numa', f'node,nodeid={number},'
-                                       f'memdev=ram{number}']
-        for name, value in properties.items():
-            arguments += ['-global', f'migration.{name}={value}']
-        if self.side.locked:
-            arguments += ['-overcommit', 'mem-lock=on']
-        if self.side.parameters.get('tls-creds'):
-            arguments += ['-object', self._credentials()]
-        arguments += self.qtest.arguments
-        if self.guest:
-            arguments += ['-accel', 'tcg', *self.guest.arguments]
-        else:
-            arguments += ['-accel', 'qtest']
-        # After precopy a guest would run on before it is compared
-        if not self.guest or case.mode != 'postcopy' or self.name == 'source':
-            arguments.append('-S')
-        if self.name == 'destination' and case.mode != 'savevm':
-            arguments += ['-incoming', 'defer']
-        return arguments
-
-    def _credentials(self) -> str:
-        """An object; both sides have the same key."""
-        with open(f'{self._directory}/keys.psk', 'w',
-                  encoding='ascii') as file:
-            file.write(_KEYS)
-        endpoint = 'server' if self.name == 'destination' else 'client'
-        return (f'tls-creds-psk,id={TLS},dir={self._directory},'
-                f'endpoint={endpoint}')
-
-    @contextmanager
-    def started(self) -> Iterator['Machine']:
-        """Start it, with all that it has to have before."""
-        with ExitStack() as stack:
-            stack.callback(self._remove_files)
-            for number, path in enumerate(self._files):
-                if path:
-                    self._create_file(number)
-            with _thp(self.case.thp):
-                stack.enter_context(self.qemu)
-            stack.enter_context(self.qtest)
-            self._find()
-            self._configure()
-            yield self
-
-    def _remove_files(self) -> None:
-        for path in self._files:
-            if path and os.path.exists(path):
-                os.unlink(path)
-
-    def _find(self) -> None:
-        found = find_blocks(self.qemu)
-        for number, side in enumerate(self.block_sides):
-            block = found[f'ram{number}']
-            if not self._files[number] or side.in_process:
-                with block.writer(side.in_process) as writer:
-                    _populate(writer, self.models[number])
-            self.blocks.append(block)
-        for block, model in zip(self.blocks, self.models):
-            pages = populated(block)
-            planned = bytearray(kind != HOLE for kind in model.kinds)
-            if pages is None:
-                pages = in_units(planned, THP // PAGE)
-            elif minus(planned, pages):
-                raise RuntimeError(f'{self.name}: not all is '
-                                   'populated that was written')
-            self.before.append(pages)
-            self.allocated_before.append(block.allocated() or 0)
-
-    def _configure(self) -> None:
-        self._setup.say(f'{self.name}: {self.side}')
-        configure(self.qemu, self.side.capabilities, self.side.parameters)
-
-    # What a guest would do
-
-    def _address(self, number: int) -> int:
-        return sum(block.size for block in self.case.blocks[:number]) * MIB
-
-    def guest_write(self, number: int, offset: int, data: bytes) -> None:
-        """Through QEMU, so that it gets into the dirty bitmap."""
-        self.qtest.write(self._address(number) + offset, data)
-        self.models[number].write(offset, data)
-
-    def guest_read(self, number: int, offset: int, length: int) -> None:
-        """Also compares it with what has to be there."""
-        model = self.models[number]
-        got = self.qtest.read(self._address(number) + offset, length)
-        model.touch(offset)
-        if got != model.content[offset:offset + length]:
-            raise Wrong(
-                f'{self.name}, block {number}: a read at {offset:#x} got '
-                f'{got.hex()}, not '
-                f'{model.content[offset:offset + length].hex()}')
-
-    def random_place(self, rng: random.Random,
-                     length: int) -> Tuple[int, int]:
-        """Number of a block, and an offset where length bytes are RAM."""
-        number = rng.randrange(len(self.blocks))
-        size = self.blocks[number].size
-        while True:
-            page = rng.randrange(size // PAGE)
-            offset = page * PAGE + rng.choice(
-                (0, PAGE - length, rng.randrange(PAGE - length + 1)))
-            if number or not (offset in _NO_RAM or
-                              offset + length - 1 in _NO_RAM):
-                return number, offset
-
-
-def _around(side: BlockSide, which: int) -> bytes:
-    """What a file has in front of, and behind, the block."""
-    return Content(side.pattern_seed + 2 + which).page(7)
-
-
-def _populate(writer: Writer, model: BlockModel) -> None:
-    """Write what the model says; pages of zeroes, too."""
-    content = memoryview(model.content)
-    for start, end, kind in runs_of(model.kinds):
-        if kind == DATA:
-            writer.write(start * PAGE, content[start * PAGE:end * PAGE])
-        elif kind == ZERO:
-            for at in range(start * PAGE, end * PAGE, len(_ZEROES)):
-                writer.write(at, _ZEROES[:end * PAGE - at])
-
-
-def populated(block: Ram) -> Optional[bytearray]:
-    """Pages that the kernel says are there; None with hugetlbfs."""
-    return None if block.huge else in_extents(list(block.extents()),
-                                              block.size // PAGE)
 
 
 # The migration
@@ -551,15 +257,15 @@ class Migration:
         rng = self._rng
         kind = rng.randrange(4)
         if kind == 0:       # a page becomes zero, or a hole is populated
-            number, offset = machine.random_place(rng, PAGE)
+            block, offset = machine.random_place(rng, PAGE)
             data = bytes(PAGE)
         elif kind == 1:
-            number, offset = machine.random_place(rng, PAGE)
+            block, offset = machine.random_place(rng, PAGE)
             data = rng.randbytes(PAGE)
         else:
-            number, offset = machine.random_place(rng, 8)
+            block, offset = machine.random_place(rng, 8)
             data = struct.pack('<Q', rng.getrandbits(64))
-        machine.guest_write(number, offset, data)
+        machine.guest_write(block, offset, data)
 
     # The destination
 
@@ -574,9 +280,8 @@ class Migration:
             self._hand_over()
             for _ in range(self._accesses):
                 if self._rng.randrange(3):
-                    number, offset = self.destination.random_place(self._rng,
-                                                                   16)
-                    self.destination.guest_read(number, offset, 16)
+                    block, offset = self.destination.random_place(self._rng, 16)
+                    self.destination.guest_read(block, offset, 16)
                 else:
                     self._write_once(self.destination)
         self._set(self.source, 'max-postcopy-bandwidth', 0)
@@ -584,8 +289,8 @@ class Migration:
     def _hand_over(self) -> None:
         """The destination has to have what the source had at its end."""
         if self._once('handed over'):
-            self.destination.models = [model.copy()
-                                       for model in self.source.models]
+            for block, sent in zip(self.destination.blocks, self.source.blocks):
+                block.model = sent.model.copy()
 
     def _follow_destination(self) -> None:
         while True:
@@ -615,93 +320,81 @@ class Check:
 
     def run(self) -> None:
         """Raises Wrong, which says all that is wrong."""
-        for machine in (self.source, self.destination):
+        machines = self.source, self.destination
+        for machine in machines:
             if machine.guest:
                 machine.qemu.qmp('stop')
-                machine.guest.apply(machine.blocks[0], machine.models[0])
+                machine.guest.apply(machine.blocks[0].ram, machine.blocks[0].model)
         # Reading populates private mappings, so that comes afterwards
-        for number, block in enumerate(self.case.blocks):
-            self._source_allocation(number, block)
-            self._destination_allocation(number, block)
-        for number in range(len(self.case.blocks)):
-            self._content(self.source, number)
-            self._content(self.destination, number)
-        for machine in (self.source, self.destination):
-            machine.check_around()
+        for sent, block in zip(self.source.blocks, self.destination.blocks):
+            self._source_allocation(sent)
+            self._destination_allocation(block, sent)
+        for blocks in zip(self.source.blocks, self.destination.blocks):
+            for machine, block in zip(machines, blocks):
+                self._content(machine, block)
+        for machine in machines:
+            for block in machine.blocks:
+                block.check_around()
         if self.complaints:
             raise Wrong('\n'.join(self.complaints))
         if self.destination.guest:
             self.destination.guest.check_itself(self.destination.qemu,
                                                 self.destination.qtest)
 
-    def _source_allocation(self, number: int, block: Block) -> None:
-        machine = self.source
-        allowed = allowed_on_source(
-            machine.before[number], machine.models[number].written,
-            not source_reads(self.case, block))
-        self._allocation(machine, number, allowed)
+    def _source_allocation(self, block: Memory) -> None:
+        allowed = allowed_on_source(block.before, block.model.written,
+                                    not source_reads(self.case, block.spec))
+        # It keeps the huge pages that it had
+        self._allocation(self.source, block, allowed, block.allocated_before)
 
-    def _destination_allocation(self, number: int, block: Block) -> None:
-        machine = self.destination
-        allowed = allowed_on_destination(
-            machine.models[number], machine.before[number],
-            policy(self.case, block))
-        if allowed is not None and policy(self.case, block) == 'keep':
+    def _destination_allocation(self, block: Memory, sent: Memory) -> None:
+        kept = policy(self.case, block.spec)
+        allowed = allowed_on_destination(block.model, block.before, kept)
+        if allowed is not None and kept == 'keep':
             # What the source had at some time may have arrived
-            allowed = union(allowed, self.source.models[number].ever)
-        self._allocation(machine, number, allowed)
+            allowed = union(allowed, sent.model.ever)
+        self._allocation(self.destination, block, allowed)
 
-    def _allocation(self, machine: Machine, number: int,
-                    allowed: Optional[bytearray]) -> None:
-        block = machine.blocks[number]
+    def _allocation(self, machine: Machine, block: Memory,
+                    allowed: Optional[bytearray], least: int = 0) -> None:
+        """least: bytes of huge pages that are allowed in any case."""
         if allowed is None:
             return
         if machine.guest:
             machine.guest.allow(allowed)
-        name = f'{machine.name}, block {number}'
-        if block.huge:
-            units = sum(in_units(allowed, THP // PAGE)) * PAGE
-            units = max(units, machine.allocated_before[number]
-                        if machine.name == 'source' else 0)
-            allocated = block.allocated() or 0
+        pages = block.populated()
+        if pages is None:
+            units = max(sum(in_units(allowed, THP // PAGE)) * PAGE, least)
+            allocated = block.ram.allocated() or 0
             if allocated > units:
                 self.complaints.append(
-                    f'{name} has {allocated // MIB} MiB of huge '
+                    f'{block.name} has {allocated // MIB} MiB of huge '
                     f'pages, and no more than {units // MIB} MiB are needed')
             return
         if self.case.thp:
-            allowed = _around_huge(block, allowed)
-        pages = populated(block)
-        assert pages is not None
+            allowed = _around_huge(block.ram, allowed)
         extra = minus(pages, allowed)
         if extra:
             self.complaints.append(
-                f'{name}: {some(extra)} are populated for nothing; '
+                f'{block.name}: {some(extra)} are populated for nothing; '
                 f'{sum(pages)} of {len(pages)} pages are populated, '
-                f'{sum(machine.before[number])} were before')
+                f'{sum(block.before)} were before')
 
-    def _released(self, machine: Machine, number: int) -> List[bytes]:
-        """What pages of the source may have after release-ram.
-
-        Of a private mapping, some are not punched in the file, and then read
-        as they did when they were there only.
-        """
-        if machine.name != 'source' or \
-                'release-ram' not in self.case.source.capabilities:
-            return []
-        return [bytes(machine.blocks[number].size),
-                machine.initial(number).content]
-
-    def _content(self, machine: Machine, number: int) -> None:
-        wrong = machine.models[number].differing(
-            machine.blocks[number].read(), self._released(machine, number))
+    def _content(self, machine: Machine, block: Memory) -> None:
+        others: List[bytes] = []
+        if machine is self.source and \
+                'release-ram' in self.case.source.capabilities:
+            # What was sent is zero.  Of a private mapping, some pages are not
+            # punched in the file, and then read as they did when they were there
+            # only.
+            others = [bytes(block.size), block.initial().content]
+        wrong = block.model.differing(block.ram.read(), others)
         if machine.guest:
             wrong = [page for page in wrong
                      if not machine.guest.is_its_own(page)]
         if wrong:
-            self.complaints.append(f'{machine.name}, block {number}: '
-                                   f'{some(wrong)} do not have the content '
-                                   'that they have to have')
+            self.complaints.append(f'{block.name}: {some(wrong)} do not have '
+                                   'the content that they have to have')
 
 
 def _around_huge(block: Ram, allowed: bytes) -> bytearray:
