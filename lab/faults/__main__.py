@@ -17,7 +17,6 @@ import argparse
 import itertools
 import os
 import sys
-import time
 from typing import Iterable, Iterator, List, Tuple
 
 from lab import UserError, cli, jobs, qemu
@@ -90,29 +89,8 @@ def chosen(args: argparse.Namespace) -> Iterator[Named]:
     return ((f'seed-{seed}', cases.draw(seed)) for seed in seeds)
 
 
-class Printer:
-    """Says what came of each case, as it comes."""
-
-    def __init__(self, tap: bool, verbose: bool):
-        self._tap = tap
-        self._verbose = verbose
-        self._number = 0
-
-    def say(self, name: str, result: Result) -> None:
-        """One more."""
-        self._number += 1
-        failure = report.failure(result, name) if result.complaint else ''
-        if self._tap:
-            print(result.outcome_of(name).tap(self._number, failure), flush=True)
-        elif failure:
-            print(failure, flush=True)
-        if self._verbose and not failure:
-            print(f'{result.seconds:5.1f} s  {result.outcome or "skipped"}'
-                  f': {result.case.describe()}', flush=True)
-
-
-def run_all(args: argparse.Namespace, tools: Tools) -> List[Result]:
-    """Run what was chosen, side by side."""
+def run_all(args: argparse.Namespace, tools: Tools) -> int:
+    """Run what was chosen, side by side; returns the exit status."""
     def run_one(named: Named) -> Tuple[str, Result]:
         name, case = named
         if args.live is not None:
@@ -124,14 +102,14 @@ def run_all(args: argparse.Namespace, tools: Tools) -> List[Result]:
             result.skipped = result.skipped or 'the call was never made'
         return name, result
 
-    printer = Printer(args.tap, args.verbose)
+    tally = jobs.Tally(args.tap, args.verbose)
     results: List[Result] = []
     todo = (named for named in chosen(args) for _ in range(args.repeat))
     for name, result in jobs.side_by_side(
             run_one, jobs.within(todo, args.seconds), args.jobs):
         results.append(result)
-        printer.say(name, result)
-    return results
+        tally.add(result.outcome_of(name), report.details(result))
+    return tally.close(report.summary(results))
 
 
 def spoil(source: Side, destination: Side, ending: Ending) -> None:
@@ -153,14 +131,7 @@ def run() -> int:
                   args.timeout,
                   _FIXED_HANG_SECONDS if args.fixed else known.HANG_SECONDS,
                   not args.not_sparse, spoil if args.spoil else None)
-    began = time.monotonic()
-    results = run_all(args, tools)
-    text = report.summary(results, time.monotonic() - began)
-    print('\n'.join(f'# {line}' for line in text.splitlines()) if args.tap
-          else text)
-    if args.tap:
-        print(f'1..{len(results)}')
-    return 1 if any(result.complaint for result in results) else 0
+    return run_all(args, tools)
 
 
 if __name__ == '__main__':

@@ -8,10 +8,11 @@ from lab.faults.run import Result
 from lab.measure.report import rst_table
 
 
-def failure(result: Result, name: str = '') -> str:
-    """All that is known about a case that failed."""
-    lines = [f'FAILED seed {result.case.seed} {name}'.rstrip(),
-             f'  {result.complaint}',
+def details(result: Result) -> str:
+    """What came of a case, and all that is known about it if it has failed."""
+    if not result.complaint:
+        return f'{result.outcome or "skipped"}: {result.case.describe()}'
+    lines = [f'seed {result.case.seed}', f'  {result.complaint}',
              f'  {result.case.describe()}']
     for who, log in result.logs.items():
         lines += [f'  {who}:'] + [f'    {line}' for line
@@ -19,13 +20,13 @@ def failure(result: Result, name: str = '') -> str:
     return '\n'.join(lines)
 
 
-def summary(results: List[Result], seconds: float) -> str:
-    """Of all cases: what happened, what came of it."""
+def summary(results: List[Result]) -> str:
+    """What happened, and what came of it."""
     ran = [result for result in results if not result.skipped]
-    outcomes = Counter((result.case.fault, result.outcome
-                        if result.happened else f'{result.outcome} (nothing '
-                        'happened)')
-                       for result in ran if not result.complaint)
+    outcomes = Counter(
+        (result.case.fault,
+         result.outcome + ('' if result.happened else ' (nothing happened)'))
+        for result in ran if not result.complaint)
     calls: Counter[str] = Counter()
     for result in ran:
         calls += result.failed_calls
@@ -36,16 +37,5 @@ def summary(results: List[Result], seconds: float) -> str:
         lines += ['', rst_table(('call that failed', 'times'),
                                 [(call, str(count)) for call, count
                                  in sorted(calls.items())])]
-    skipped = Counter(result.skipped for result in results if result.skipped)
-    lines += ['', *(f'{count} skipped: {reason}' for reason, count
-                    in skipped.items())]
-    failed = [result for result in results if result.complaint]
-    lines += [f'{sum(result.peeks for result in ran)} accesses during '
-              'postcopy',
-              f'{len(ran) - len(failed)} passed, {len(failed)} failed, '
-              f'{len(results) - len(ran)} skipped, in {seconds:.0f} s '
-              f'({len(ran) / seconds * 3600:.0f} cases an hour)']
-    if failed:
-        lines += ['failed seeds: ' + ' '.join(str(result.case.seed)
-                                              for result in failed)]
+    lines += ['', f'{sum(result.peeks for result in ran)} accesses during postcopy']
     return '\n'.join(lines)
