@@ -4,7 +4,7 @@
 import os
 import random
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -198,7 +198,6 @@ class Attempt:
         if case.fault == 'kill-destination' and case.how.file:
             return
         if self._moment_has_come():
-            self._acted = True
             self._act()
 
     def _moment_has_come(self) -> bool:
@@ -210,14 +209,12 @@ class Attempt:
 
     def _act(self) -> None:
         """The fault happens now."""
-        case = self._case
-        if case.fault == 'kill-source':
-            self._source.kill()
+        self._acted = True
+        if self._case.fault.startswith('kill-'):
+            (self._source if self._case.fault == 'kill-source'
+             else self._destination).kill()
             self.ending.happened = True
-        elif case.fault == 'kill-destination':
-            self._destination.kill()
-            self.ending.happened = True
-        elif case.fault in ('cancel', 'cancel-early'):
+        elif self._case.fault.startswith('cancel'):
             self._try(self._source, 'migrate_cancel')
             if self._proxy:
                 self._proxy.release()
@@ -264,7 +261,7 @@ class Attempt:
             proxy.refuse()
         if case.how.postcopy:
             proxy.hold_at('switch', case.switch)
-        if case.fault in ('cut', 'cut-recover') and not self._cut_later():
+        if case.fault == 'cut':
             proxy.cut(self._cuts_left.pop(0))
         if case.moment and case.moment.what == BYTES:
             self._stop_at(proxy, int(case.moment.value))
@@ -272,7 +269,6 @@ class Attempt:
         self._start_migration(proxy.uri)
         if case.fault == 'cancel-early':
             time.sleep(self._dice.uniform(0, 0.1))
-            self._acted = True
             self._act()
         self._settle(self._network_is_done)
 
@@ -284,23 +280,13 @@ class Attempt:
         return self._proxy
 
     def _stop_at(self, proxy: Proxy, position: int) -> None:
-        kills = {'kill-source': self._source,
-                 'kill-destination': self._destination}
-        if self._case.fault in kills:
-            def kill() -> None:
-                kills[self._case.fault].kill()
-                self.ending.happened = True
-
-            self._acted = True
-            proxy.do_at('fault', position, kill)
+        if self._case.fault.startswith('kill-'):
+            self._acted = True          # by the proxy
+            proxy.do_at('fault', position, self._act)
         elif self._case.fault == 'pause':
             proxy.hold_at('fault', self._case.switch + position)
         else:
             proxy.hold_at('fault', position)
-
-    def _cut_later(self) -> bool:
-        """Whether to count from the time when both sides are in postcopy."""
-        return self._case.fault == 'cut-recover'
 
     def _network_is_done(self, source: str, destination: str) \
             -> Optional[bool]:
@@ -337,11 +323,14 @@ class Attempt:
     def _drive_postcopy(self) -> None:
         ending, case = self.ending, self._case
         assert self._proxy
-        if not self._switched and self._proxy.reached('switch'):
-            if ending.source in _SOURCE_DONE or \
-                    self._try_switch():
-                self._switched = True
-                self._proxy.release()
+        # Refused before the migration is active
+        if not self._switched and self._proxy.reached('switch') and \
+                ending.source != 'setup':
+            if ending.source not in _SOURCE_DONE:
+                with suppress(GuestGone):
+                    self._source.qmp('migrate-start-postcopy')
+            self._switched = True
+            self._proxy.release()
         if ending.destination == 'postcopy-active' and case.peeks and \
                 not self.peekers:
             self._start_peekers()
@@ -349,22 +338,13 @@ class Attempt:
                 self._active_since is None and self._is_running():
             self._active_since = time.monotonic()
             ending.ran = True
-            if self._cut_later() and self._cuts_left:
+            # Bytes count from here: both sides are in postcopy
+            if case.fault == 'cut-recover' and self._cuts_left:
                 self._proxy.cut(self._cuts_left.pop(0), from_now=True)
         if case.fault == 'pause' and not self._acted:
             self._drive_pause()
         if case.fault == 'held' and ending.ran:
             self._drive_held()
-
-    def _try_switch(self) -> bool:
-        """Refused before the migration is active."""
-        if self.ending.source == 'setup':
-            return False
-        try:
-            self._source.qmp('migrate-start-postcopy')
-        except GuestGone:
-            return True
-        return True
 
     def _is_running(self) -> bool:
         try:
@@ -403,22 +383,23 @@ class Attempt:
     def _access_while_paused(self) -> None:
         """What has arrived is there; what has not is waited for."""
         early, late = self._zero_pages()
-        first = self._held_peeker(early)
+        first = self._peek(early, [early], 0)
         first.join(_ANSWER_SECONDS)
         if first.is_alive():
             raise Hang(f'page {early}, which has arrived as zero, is not '
                        'there while the channel is broken')
         for page in [*late, *self._missing_data()]:
-            self._held.append(self._held_peeker(page))
+            self._held.append(self._peek(page, [page], 0))
         time.sleep(_HELD_SECONDS)
         for peeker in self._held:
             if not peeker.is_alive():
                 raise Hang('an access to a page that has not arrived did '
                            f'not wait: {peeker.wrong}')
 
-    def _held_peeker(self, page: int) -> Peeker:
+    def _peek(self, seed: float, pages: List[int], writes: float) -> Peeker:
+        """Begin to access pages of the destination."""
         peeker = Peeker(self._destination.pid, self._destination.ram.address,
-                        self.expected, random.Random(page), [page], writes=0)
+                        self.expected, random.Random(seed), pages, writes)
         self.peekers.append(peeker)
         peeker.start()
         return peeker
@@ -456,14 +437,9 @@ class Attempt:
                          **{'max-postcopy-bandwidth': 0})
 
     def _start_peekers(self) -> None:
-        pages = list(range(self._case.size // PAGE_SIZE))
+        pages = range(self._case.size // PAGE_SIZE)
         for _ in range(self._case.peeks):
-            dice = random.Random(self._dice.random())
-            mine = dice.sample(pages, 200)
-            peeker = Peeker(self._destination.pid, self._destination.ram.address,
-                            self.expected, dice, mine)
-            self.peekers.append(peeker)
-            peeker.start()
+            self._peek(self._dice.random(), self._dice.sample(pages, 200), 0.3)
 
     def _recover(self) -> None:
         ending = self.ending
@@ -492,10 +468,9 @@ class Attempt:
             self.ending.happened = True
         loads = time.monotonic()
         try:
-            self._destination.qmp('migrate-incoming', uri=f'file:{path}',
-                                  **{'exit-on-error': case.exit_on_error})
-        except GuestGone:
-            pass
+            with suppress(GuestGone):
+                listen(self._destination, f'file:{path}',
+                       **{'exit-on-error': case.exit_on_error})
         except GuestError:              # such as: the file is too short
             self.ending.destination = 'none'
             return
@@ -503,6 +478,5 @@ class Attempt:
             # To load takes less time than to save
             time.sleep(max(0.0, loads + case.moment.value / 10
                            - time.monotonic()))
-            self._destination.kill()
-            self.ending.happened = True
+            self._act()
         self._settle(lambda _, destination: destination in _DESTINATION_DONE)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is done to which migration.  Nothing here touches a process."""
 
-import errno
 import random
 from dataclasses import asdict, dataclass, fields, replace
 from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
@@ -169,17 +168,9 @@ ERRNOS: Dict[str, Tuple[str, ...]] = {
     'uffd-copy': ('EAGAIN', 'ENOMEM'),
 }
 
-# Not in Python's errno
-_EHWPOISON = 133
-
 # Calls that only fail a few times, because a signal, or a shortage of memory,
 # does not last
 _A_FEW = 3
-
-
-def number_of(name: str) -> int:
-    """errno as a number."""
-    return _EHWPOISON if name == 'EHWPOISON' else getattr(errno, name)
 
 
 def passes(call: str, name: str) -> bool:

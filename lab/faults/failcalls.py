@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """System calls of a QEMU that fail: the other side of fail-calls.c."""
 
+import errno
 import mmap
 import os
 import struct
@@ -13,6 +14,9 @@ from lab import UserError
 CALLS = ('lseek', 'fallocate', 'fstat', 'cachestat', 'pread', 'madvise',
          'mincore', 'pagemap-open', 'pagemap-scan', 'pagemap-read',
          'uffd-copy')
+
+# Not in Python's errno
+_EHWPOISON = 133
 
 # Of a Rule: each of the calls
 ALWAYS = 1.0
@@ -41,16 +45,21 @@ class Rule:
     chance: float = ALWAYS
     seed: int = 0
 
+    @property
+    def number(self) -> int:
+        """The errno as a number."""
+        return (_EHWPOISON if self.error == 'EHWPOISON'
+                else getattr(errno, self.error))
 
-def pack(rules: Sequence[Tuple[Rule, int]], device: int,
-         inode: int) -> bytes:
-    """What the library reads; with each rule goes the number of its errno."""
+
+def pack(rules: Sequence[Rule], device: int, inode: int) -> bytes:
+    """What the library reads."""
     if len(rules) > _RULES:
         raise ValueError(f'{len(rules)} rules')
     packed = _HEADER.pack(_MAGIC, 0, device, inode)
-    for rule, number in rules:
+    for rule in rules:
         packed += _RULE.pack(
-            CALLS.index(rule.call), number, rule.first, rule.count,
+            CALLS.index(rule.call), rule.number, rule.first, rule.count,
             min(_ALWAYS, round(rule.chance * (1 << 32))), rule.seed, 0, 0)
     return packed + _RULE.pack(-1, *[0] * 7) * (_RULES - len(rules))
 
@@ -89,7 +98,7 @@ class FailCalls:
         return ('env', *(f'{name}={value}'
                          for name, value in variables.items()))
 
-    def arm(self, rules: Sequence[Tuple[Rule, int]], ram: str) -> None:
+    def arm(self, rules: Sequence[Rule], ram: str) -> None:
         """Let calls fail from now on.
 
         ram: path of the file that is guest RAM, '' if there is none.
@@ -97,7 +106,7 @@ class FailCalls:
         status = os.stat(ram) if ram else None
         self._map[:] = pack(rules, status.st_dev if status else 0,
                             status.st_ino if status else 0)
-        self._rules = [rule for rule, _ in rules]
+        self._rules = list(rules)
         self._map[_ARMED:_ARMED + 4] = struct.pack('=I', 1)
 
     def disarm(self) -> None:

@@ -6,16 +6,13 @@ Each of these was seen with the stock QEMU (faults --patched STOCK
 the bug has nothing to do with is still checked.
 """
 
-import glob
-import os
 import signal
 import threading
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Deque, Dict, List, Optional
 
 from lab.faults.cases import Case
-from lab.faults.sides import Side
+from lab.faults.sides import Side, threads
 
 if TYPE_CHECKING:
     from lab.faults.attempt import Ending
@@ -84,26 +81,21 @@ _MIGRATION = 'mig/src/main'
 def _threads(pid: int) -> Dict[str, List[str]]:
     """Where the threads of a process wait, by their names."""
     found: Dict[str, List[str]] = {}
-    for task in glob.glob(f'/proc/{pid}/task/*'):
-        with suppress(OSError), \
-             open(f'{task}/comm', encoding='utf-8') as comm, \
-             open(f'{task}/wchan', encoding='ascii') as wchan:
-            name = ('main' if os.path.basename(task) == str(pid)
-                    else comm.read().strip())
-            found.setdefault(name, []).append(wchan.read())
+    for number, name, where in threads(pid):
+        found.setdefault('main' if number == pid else name, []).append(where)
     return found
 
 
-def waits_for_channel(name: str, threads: Dict[str, List[str]],
+def waits_for_channel(name: str, waiting: Dict[str, List[str]],
                       channels: int) -> bool:
     """Who waits for the channels waits, and not all of those are there.
 
-    name: of the side; threads: as _threads() returns them.
+    name: of the side; waiting: as _threads() returns it.
     """
     def waits(thread: str) -> bool:
-        return any('futex' in wchan for wchan in threads.get(thread, ()))
+        return any('futex' in where for where in waiting.get(thread, ()))
 
-    there = sum(len(each) for thread, each in threads.items()
+    there = sum(len(each) for thread, each in waiting.items()
                 if thread.startswith(_CHANNELS[name]))
     return (there < channels
             and waits('main' if name == 'destination' else _MIGRATION))
@@ -133,13 +125,13 @@ class MultifdWatch(threading.Thread):
 
     def _symptom(self) -> str:
         """What it looks like now."""
-        threads = _threads(self._side.pid)
-        if waits_for_channel(self._side.name, threads, self._channels):
+        waiting = _threads(self._side.pid)
+        if waits_for_channel(self._side.name, waiting, self._channels):
             return MULTIFD_END[self._side.name]
         if not self._destination:
             return (CHANNEL_SHORT if 'nanosleep' in ''.join(
-                threads.get('main', ())) else '')
-        if 'futex' in ''.join(threads.get(_MIGRATION, ())) and \
+                waiting.get('main', ())) else '')
+        if 'futex' in ''.join(waiting.get(_MIGRATION, ())) and \
                 any(text in self._destination.said() for text in _IGNORED):
             return CHANNEL_IGNORED
         return ''

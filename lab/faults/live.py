@@ -7,7 +7,6 @@ breaks and is recovered; in the end it checks all of its pages.
 """
 
 import os
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Dict, List
 
@@ -18,8 +17,8 @@ from lab.faults.attempt import Attempt, Hang, prepare
 from lab.faults.cases import (CLOSE, POSTCOPY, PRECOPY, RESET, SECONDS,
                               TO_DESTINATION, Case, Cut, Dice, Moment)
 from lab.faults.peek import Expected
-from lab.faults.run import Job, Result, Tools, run_job
-from lab.faults.sides import Side, Snapshot
+from lab.faults.run import Job, Result, Tools
+from lab.faults.sides import Side
 from lab.faults.verdict import check_ended
 from lab.guest import writer
 from lab.memory import KIB, MIB, PAGE_SIZE
@@ -78,25 +77,20 @@ def draw(seed: int) -> List[Case]:
 class _Live(Job):
     """One guest at work."""
 
-    def __init__(self, cases: List[Case], tools: Tools, directory: str,
-                 result: Result, stack: ExitStack):
-        super().__init__(directory, result, stack)
+    def __init__(self, cases: List[Case], tools: Tools):
+        super().__init__(cases[0], tools)
         self._cases = cases
-        self._tools = tools
         self._serials: Dict[str, writer.Serial] = {}
-        self._rom = os.path.join(directory, 'rom')
-        with open(self._rom, 'wb') as file:
-            file.write(firmware(cases[0].seed))
 
     def _start(self, name: str, incoming: bool) -> Side:
+        rom = os.path.join(self._directory, 'rom')
+        with open(rom, 'wb') as file:
+            file.write(firmware(self._cases[0].seed))
         serial = self._serials[name] = writer.Serial(
             os.path.join(self._directory, f'{name}-serial'))
-        side = Side(name, self._tools.qemu, _SIZE, 'memfd', incoming=incoming,
-                    extra_args=('-bios', self._rom, *serial.arguments,
-                                *self._tools.extra_args))
-        self._stack.enter_context(side)
-        self._sides.append(side)
-        return side
+        return self._add(Side(
+            name, self._tools.qemu, _SIZE, 'memfd', incoming=incoming,
+            extra_args=('-bios', rom, *serial.arguments, *self._tools.extra_args)))
 
     def _wait_for(self, side: Side, what: str, count: int,
                   watchdog: Watchdog) -> None:
@@ -113,7 +107,7 @@ class _Live(Job):
         side.write(writer.assemble().addresses[name],
                    value.to_bytes(4, 'little'))
 
-    def run(self) -> None:
+    def _run(self) -> None:
         if any(case.how.postcopy for case in self._cases):
             host.require_userfaultfd()
         source = self._start('source', False)
@@ -137,13 +131,9 @@ class _Live(Job):
         if case.how.postcopy:
             # Let it run as soon as it can
             destination.qmp('cont')
-        directory = os.path.join(self._directory, str(number))
-        os.mkdir(directory)
-        empty = Snapshot(source.ram)
-        self._stack.callback(empty.close)
-        attempt = Attempt(case, source, destination, directory,
-                          Expected(empty), watchdog)
-        ending = attempt.run()
+        ending = Attempt(case, source, destination,
+                         self._subdirectory(str(number)),
+                         Expected(self._snapshot(source)), watchdog).run()
         bug = known.recognize(case, ending, destination.ended())
         for side in (source, destination):
             check_ended(side, case, False, bug)
@@ -189,8 +179,7 @@ class _Live(Job):
 def run_live(seed: int, tools: Tools) -> Result:
     """Run one guest through its migrations."""
     cases = draw(seed)
-    result = run_job(Result(cases[0]), lambda directory, result, stack:
-                     _Live(cases, tools, directory, result, stack))
+    result = _Live(cases, tools).run()
     if result.complaint:
         result.complaint += ' (' + '; '.join(case.describe()
                                              for case in cases) + ')'

@@ -16,7 +16,7 @@ from lab.cgroup import Cgroup
 from lab.cli import memory_floor
 from lab.faults import known, sides, verdict
 from lab.faults.attempt import GONE, Attempt, Ending, Hang, prepare
-from lab.faults.cases import MODES, Case
+from lab.faults.cases import Case
 from lab.faults.failcalls import FailCalls
 from lab.faults.peek import Expected
 from lab.faults.sides import Layout, Side, Snapshot, stacks
@@ -94,23 +94,64 @@ class Job:
     directory: for its files.  stack: of what is to be undone afterwards.
     """
 
-    def __init__(self, directory: str, result: Result, stack: ExitStack):
-        self._directory = directory
-        self._result = result
-        self._stack = stack
+    def __init__(self, case: Case, tools: Tools):
+        self._tools = tools
+        self._result = Result(case)
+        self._directory = ''
+        self._stack = ExitStack()
         self._sides: List[Side] = []
 
-    def run(self) -> None:
+    def run(self) -> Result:
+        """From start to end; nothing is left behind, whatever comes of it."""
+        result = self._result
+        _no_core_dumps()
+        began = time.monotonic()
+        with self._stack:
+            self._directory = self._stack.enter_context(
+                tempfile.TemporaryDirectory(prefix='faults-'))
+            try:
+                try:
+                    self._run()
+                except Hang:
+                    self._look_at_hang()
+                    raise
+                finally:
+                    self._finish()
+            except Unavailable as err:
+                result.skipped = str(err)
+            except (Wrong, Hang, MigrationAborted, GuestError, RuntimeError,
+                    OSError, ValueError) as err:
+                result.complaint = f'{type(err).__name__}: {err}'
+        result.seconds = time.monotonic() - began
+        return result
+
+    def _run(self) -> None:
         """Raises Wrong, Hang, Unavailable, GuestError, MigrationAborted."""
         raise NotImplementedError
 
-    def look_at_hang(self) -> None:
+    def _add(self, side: Side) -> Side:
+        """Start a QEMU that is stopped when the case ends."""
+        self._stack.enter_context(side)
+        self._sides.append(side)
+        return side
+
+    def _snapshot(self, side: Side) -> Snapshot:
+        snapshot = Snapshot(side.ram)
+        self._stack.callback(snapshot.close)
+        return snapshot
+
+    def _subdirectory(self, name: str) -> str:
+        path = os.path.join(self._directory, name)
+        os.mkdir(path)
+        return path
+
+    def _look_at_hang(self) -> None:
         """Before all is killed."""
         for side in self._sides:
             if side.ended() is None and not side.stacks:
                 side.stacks = stacks(side.pid, side.use_gdb)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Kill all, look at what they have said."""
         for side in self._sides:
             log = side.end()
@@ -121,39 +162,17 @@ class Job:
             verdict.check_warnings(log, side.name, migrations)
 
 
-def run_job(result: Result,
-            make: Callable[[str, Result, ExitStack], Job]) -> Result:
-    """Run a job; nothing is left behind, whatever comes of it."""
-    _no_core_dumps()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix='faults-') as directory, \
-         ExitStack() as stack:
-        job = make(directory, result, stack)
-        try:
-            try:
-                job.run()
-            except Hang:
-                job.look_at_hang()
-                raise
-            finally:
-                job.finish()
-        except Unavailable as err:
-            result.skipped = str(err)
-        except (Wrong, Hang, MigrationAborted, GuestError, RuntimeError,
-                OSError, ValueError) as err:
-            result.complaint = f'{type(err).__name__}: {err}'
-    result.seconds = time.monotonic() - began
-    return result
-
-
 class _Run(Job):
     """One case at work."""
+    _source: Side
+    _destination: Side
+    _before: Optional[int]          # bytes that the source had allocated
+    _sent: Snapshot                 # of the source
+    _old: Layout                    # of the destination
 
-    def __init__(self, case: Case, tools: Tools, directory: str,
-                 result: Result, stack: ExitStack):
-        super().__init__(directory, result, stack)
+    def __init__(self, case: Case, tools: Tools):
+        super().__init__(case, tools)
         self._case = case
-        self._tools = tools
         self._dice = random.Random(case.seed)
         self._tmpfs = ''
         self._cgroup: Optional[Cgroup] = None
@@ -178,7 +197,6 @@ class _Run(Job):
     def _start(self, name: str, kind: str, incoming: bool, *,
                fails: bool = False, old: Optional[Layout] = None,
                cgroup: Optional[Cgroup] = None) -> Side:
-        """Start a QEMU that is stopped when the case ends."""
         path = ''
         if kind == 'shm-file':
             path = sides.ram_path(self._directory, name)
@@ -191,11 +209,10 @@ class _Run(Job):
         if fails or kind == 'anonymous-shared':
             fail_calls = FailCalls(self._tools.library, self._directory, name)
             self._stack.callback(fail_calls.close)
-        side = Side(name, self._tools.qemu, self._case.size, kind, path=path,
-                    incoming=incoming, fail_calls=fail_calls, cgroup=cgroup,
-                    extra_args=self._tools.extra_args)
-        self._stack.enter_context(side)
-        self._sides.append(side)
+        side = self._add(Side(
+            name, self._tools.qemu, self._case.size, kind, path=path,
+            incoming=incoming, fail_calls=fail_calls, cgroup=cgroup,
+            extra_args=self._tools.extra_args))
         if old and kind != 'shm-file':
             sides.write_layout(side, self._dice, replace(old, zeroes=()))
         return side
@@ -205,51 +222,44 @@ class _Run(Job):
 
     # The migration
 
-    def run(self) -> None:
+    def _run(self) -> None:
         case = self._case
         self._check_available()
-        source = self._start('source', case.source, False,
-                             fails='source' in case.fails_calls_of)
+        source = self._source = self._start(
+            'source', case.source, False, fails='source' in case.fails_calls_of)
         sides.write_layout(source, self._dice,
                            self._layout(case.data, case.zeroes))
         # What the kernel is asked about first, and refuses, is data
         source.write(0, self._dice.randbytes(PAGE_SIZE))
-        old = self._layout(case.old_data)
-        destination = self._start(
-            'destination', case.destination, True, old=old,
+        self._old = self._layout(case.old_data)
+        self._destination = self._start(
+            'destination', case.destination, True, old=self._old,
             fails='destination' in case.fails_calls_of, cgroup=self._cgroup)
         if self._cgroup:
             self._cgroup.leave(case.limit)
         with watched(self._sides, memory_floor(),
                      self._tools.timeout) as watchdog:
-            snapshot = self._snapshot(source)
-            if self._migrate(source, destination, snapshot, old, watchdog):
-                self._try_again(source, watchdog)
+            self._sent = self._snapshot(source)
+            self._migrate(watchdog)
 
-    def _snapshot(self, source: Side) -> Snapshot:
-        snapshot = Snapshot(source.ram)
-        self._stack.callback(snapshot.close)
-        return snapshot
-
-    def _migrate(self, source: Side, destination: Side, snapshot: Snapshot,
-                 old: Layout, watchdog: Watchdog) -> bool:
-        """Whether the source is to try again."""
-        case = self._case
+    def _migrate(self, watchdog: Watchdog) -> None:
+        """Once, and once more if the source has its guest still."""
+        case, source, destination = self._case, self._source, self._destination
         prepare(destination, case)
         prepare(source, case, case.bandwidth)
         for side in (source, destination):
             rules = [rule for name, rule in case.rules if name == side.name]
             if rules:
                 side.arm(rules)
-        before = source.ram.allocated()
-        expected = Expected(snapshot)
+        self._before = source.ram.allocated()
         attempt = Attempt(case, source, destination, self._directory,
-                          expected, watchdog)
-        ending, bug = self._attempt(attempt, source, destination)
+                          Expected(self._sent), watchdog)
+        ending, bug = self._attempt(attempt)
         for side in (source, destination):
             if side.fail_calls:
                 side.fail_calls.disarm()
-                self._count(side)
+                for rule, failed in side.fail_calls.failed():
+                    self._result.failed_calls[f'{rule.call} {rule.error}'] += failed
         if case.fault in ('oom', 'tmpfs-full'):
             ending.happened = ending.destination != 'completed'
         if self._tools.after:
@@ -257,32 +267,29 @@ class _Run(Job):
         self._result.outcome = (f'QEMU 10.0: {bug}' if bug
                                 else verdict.outcome(ending))
         self._result.happened = ending.happened
-        self._check(source, destination, snapshot, old, attempt, before, bug)
+        self._check(attempt, bug)
         self._result.peeks = sum(peeker.done for peeker in attempt.peekers)
-        if bug in (known.POSTCOPY_END, known.MULTIFD_CANCEL,
-                   known.PREEMPT_PONG):
-            return False
         lost = ending.destination not in ('completed', 'postcopy-paused')
-        if ending.source in ('failed', 'cancelled') or \
-                ending.source == 'completed' and lost:
-            if case.fault == 'cancel-early' and ending.source == 'cancelled':
-                self._same_pair(source, destination, snapshot, watchdog)
-                return False
-            verdict.check_survived(source, snapshot, ending)
-            return True
-        return False
+        if bug in (known.POSTCOPY_END, known.MULTIFD_CANCEL, known.PREEMPT_PONG) or \
+                not (ending.source in ('failed', 'cancelled') or
+                     ending.source == 'completed' and lost):
+            return
+        if case.fault == 'cancel-early' and ending.source == 'cancelled':
+            self._same_pair(watchdog)
+        else:
+            verdict.check_survived(source, self._sent, ending)
+            self._try_again(watchdog)
 
-    def _attempt(self, attempt: Attempt, source: Side,
-                 destination: Side) -> Tuple[Ending, str]:
+    def _attempt(self, attempt: Attempt) -> Tuple[Ending, str]:
         """Returns also the bug of QEMU's that it has run into."""
-        how = self._case.how
+        how, seconds = self._case.how, self._tools.hang_seconds
         watches = []
-        if not how.file and 'multifd' in how.capabilities:
+        if how.multifd and not how.file:
             watches = [
-                known.MultifdWatch(source, how.channels - 1, destination,
-                                   self._tools.hang_seconds),
-                known.MultifdWatch(destination, how.channels - 1,
-                                   seconds=self._tools.hang_seconds)]
+                known.MultifdWatch(self._source, how.channels - 1,
+                                   self._destination, seconds),
+                known.MultifdWatch(self._destination, how.channels - 1,
+                                   seconds=seconds)]
         for watch in watches:
             watch.start()
         try:
@@ -293,22 +300,16 @@ class _Run(Job):
         found = [watch.found for watch in watches if watch.found]
         return ending, (found[0] if found else
                         known.recognize(self._case, ending,
-                                        destination.ended()))
+                                        self._destination.ended()))
 
-    def _count(self, side: Side) -> None:
-        assert side.fail_calls
-        for rule, failed in side.fail_calls.failed():
-            self._result.failed_calls[f'{rule.call} {rule.error}'] += failed
-
-    def _check(self, source: Side, destination: Side, snapshot: Snapshot,
-               old: Layout, attempt: Attempt, before: Optional[int],
-               bug: str) -> None:
-        case, ending, expected = self._case, attempt.ending, attempt.expected
+    def _check(self, attempt: Attempt, bug: str) -> None:
+        case, ending = self._case, attempt.ending
+        source, destination = self._source, self._destination
         oom_killed = bool(self._cgroup and self._cgroup.oom_kills())
         for side in (source, destination):
             verdict.check_ended(side, case, oom_killed, bug)
         why = not bug and verdict.must_complete(
-            case, ending, len(snapshot.units(PAGE_SIZE)) * PAGE_SIZE)
+            case, ending, len(self._sent.units(PAGE_SIZE)) * PAGE_SIZE)
         completed = ending.destination == 'completed'
         expect(not why or completed and ending.source == 'completed',
                f'source {ending.source}, destination {ending.destination}, '
@@ -321,27 +322,27 @@ class _Run(Job):
         if ending.source != GONE:
             expect(source.ended() is None, 'the source has not survived')
             verdict.check_content('the source, after the migration',
-                                  snapshot, source)
+                                  self._sent, source)
             if 'source' not in case.fails_calls_of and self._tools.sparse:
-                verdict.check_source_grew(before, source)
+                verdict.check_source_grew(self._before, source)
         if completed:
             attempt.join_peekers()
-            self._check_completed(destination, snapshot, old, expected)
+            self._check_completed(attempt.expected)
         elif ending.destination != GONE:
             verdict.check_not_run(destination, ending)
             if ending.destination == 'postcopy-paused':
-                verdict.check_received(snapshot, expected, destination)
+                verdict.check_received(self._sent, attempt.expected, destination)
         if ending.source == 'completed':
             expect(source.status() == 'postmigrate',
                    f'the source is {source.status()} after the migration')
 
-    def _check_completed(self, destination: Side, snapshot: Snapshot,
-                         old: Layout, expected: Expected) -> None:
+    def _check_completed(self, expected: Expected) -> None:
         # What the source was before, or paused, because of -S
+        destination = self._destination
         status = destination.status()
         expect(status in ('prelaunch', 'paused'),
                f'after the migration, the destination is {status}')
-        wanted = Snapshot(snapshot)
+        wanted = Snapshot(self._sent)
         try:
             for offset, data in expected.writes:
                 wanted.patch(offset, data)
@@ -349,62 +350,50 @@ class _Run(Job):
             if 'destination' not in self._case.fails_calls_of and \
                     self._tools.sparse:
                 verdict.check_sparse(wanted, destination, expected.touched,
-                                     old)
+                                     self._old)
         finally:
             wanted.close()
 
     # Afterwards
 
-    def _same_pair(self, source: Side, destination: Side,
-                   snapshot: Snapshot, watchdog: Watchdog) -> None:
+    def _same_pair(self, watchdog: Watchdog) -> None:
         """It was cancelled before the destination has heard of it."""
-        again = replace(self._case, fault='none', exit_on_error=True,
-                        moment=None, bandwidth=0)
-        prepare(source, again)
+        source, destination = self._source, self._destination
+        prepare(source, self._case)
         uri = destination.query_migrate()['socket-address'][-1]
         source.qmp('migrate', uri=(
             f'unix:{uri["path"]}' if uri['type'] == 'unix'
             else address_of(destination, TCP)))
-        while source.query_migrate()['status'] not in ('completed', 'failed'):
-            if watchdog.tripped:
-                raise Hang(f'the same pair again: {watchdog.tripped}')
-            time.sleep(0.01)
-        while destination.status() == 'inmigrate':
+        while source.query_migrate()['status'] not in ('completed', 'failed') or \
+                destination.status() == 'inmigrate':
             if watchdog.tripped:
                 raise Hang(f'the same pair again: {watchdog.tripped}')
             time.sleep(0.01)
         verdict.check_content('the destination, the same pair again',
-                              snapshot, destination)
+                              self._sent, destination)
 
-    def _try_again(self, source: Side, watchdog: Watchdog) -> None:
+    def _try_again(self, watchdog: Watchdog) -> None:
         """With a new destination, and without faults."""
-        case = self._case
-        mode = MODES[case.second_mode or case.mode]
+        case, source = self._case, self._source
         kind = case.destination
         if kind in ('tmpfs', 'anonymous-shared'):
             kind = 'memfd'
         second = Case(case.seed, case.second_mode or case.mode, 'none',
                       source=case.source, destination=kind, size=case.size,
                       transport=case.transport, return_path=case.return_path)
-        directory = os.path.join(self._directory, 'second')
-        os.mkdir(directory)
         snapshot = self._snapshot(source)
         before = source.ram.allocated()
         destination = self._start('destination-2', kind, True)
-        assert mode is second.how
         prepare(destination, second)
         prepare(source, second, second.bandwidth)
-        expected = Expected(snapshot)
-        attempt = Attempt(second, source, destination, directory, expected,
-                          watchdog)
-        ending = attempt.run()
+        ending = Attempt(second, source, destination, self._subdirectory('second'),
+                         Expected(snapshot), watchdog).run()
         expect(ending.source == ending.destination == 'completed',
                f'the second attempt ({case.second_mode}): source '
                f'{ending.source}, destination {ending.destination}')
-        verdict.check_content('the source, after the second attempt',
-                              snapshot, source)
-        verdict.check_content('the destination, after the second attempt',
-                              snapshot, destination)
+        for side in (source, destination):
+            verdict.check_content(f'the {side.name}, after the second attempt',
+                                  snapshot, side)
         if self._tools.sparse:
             verdict.check_source_grew(before, source)
             verdict.check_sparse(snapshot, destination, set(), Layout((), ()))
@@ -420,5 +409,4 @@ def _remove(path: str) -> None:
 
 def run_case(case: Case, tools: Tools) -> Result:
     """Run one case."""
-    return run_job(Result(case), lambda directory, result, stack:
-                   _Run(case, tools, directory, result, stack))
+    return _Run(case, tools).run()

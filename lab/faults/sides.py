@@ -13,9 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
-from lab import host
+from lab import content, host
 from lab.cgroup import Cgroup
-from lab.faults.cases import number_of
 from lab.faults.failcalls import FailCalls, Rule
 from lab.host import SHM
 from lab.memory import MIB, PAGE_SIZE
@@ -46,6 +45,16 @@ def small_tmpfs(directory: str, size: int) -> Iterator[str]:
 
 # A QEMU
 
+def threads(pid: int) -> Iterator[Tuple[int, str, str]]:
+    """Number, name, and where in the kernel it waits, of each thread of a process."""
+    for task in sorted(glob.glob(f'/proc/{pid}/task/*')):
+        with suppress(OSError), \
+             open(f'{task}/comm', encoding='utf-8') as comm, \
+             open(f'{task}/wchan', encoding='ascii') as wchan:
+            yield (int(os.path.basename(task)), comm.read().strip(),
+                   wchan.read().strip())
+
+
 def stacks(pid: int, use_gdb: bool) -> str:
     """Where the threads of a process that hangs are, for whoever looks."""
     if use_gdb and shutil.which('gdb'):
@@ -57,14 +66,8 @@ def stacks(pid: int, use_gdb: bool) -> str:
                 check=False, timeout=120, text=True)
             return '\n'.join(line for line in result.stdout.splitlines()
                              if line.startswith(('#', 'Thread')))
-    lines = []
-    for task in sorted(glob.glob(f'/proc/{pid}/task/*')):
-        with suppress(OSError), \
-             open(f'{task}/comm', encoding='utf-8') as comm, \
-             open(f'{task}/wchan', encoding='utf-8') as wchan:
-            lines.append(f'{os.path.basename(task)} {comm.read().strip()}: '
-                         f'{wchan.read().strip()}')
-    return '\n'.join(lines)
+    return '\n'.join(f'{thread} {name}: {where}'
+                     for thread, name, where in threads(pid))
 
 
 class Side(Guest):
@@ -120,8 +123,7 @@ class Side(Guest):
     def arm(self, rules: Sequence[Rule]) -> None:
         """Let calls fail from now on."""
         assert self.fail_calls
-        self.fail_calls.arm([(rule, number_of(rule.error)) for rule in rules],
-                            self.ram.path or '')
+        self.fail_calls.arm(rules, self.ram.path or '')
 
     def write(self, offset: int, data: bytes) -> None:
         """Write to RAM, as a guest does but unnoticed by its dirty log."""
@@ -243,7 +245,7 @@ def allocated(side: Side) -> int:
     bytes_of_file = side.ram.allocated()
     if bytes_of_file is not None:
         return bytes_of_file
-    return sum(end - start for start, end in side.ram.extents())
+    return content.total(list(side.ram.extents()))
 
 
 def ram_path(directory: str, name: str) -> str:
