@@ -97,9 +97,9 @@ def run_all(args: argparse.Namespace, tools: Tools) -> int:
             return name, live.run_live(case.seed, tools)
         result = run_case(case, tools)
         # One that is drawn need not come to that
-        if args.fixed and case.fault == 'calls' and not (
-                result.complaint or sum(result.failed_calls.values())):
-            result.skipped = result.skipped or 'the call was never made'
+        never = [call for call, count in result.failed_calls.items() if not count]
+        if args.fixed and never and not result.complaint:
+            result.skipped = f'never made: {", ".join(never)}'
         return name, result
 
     tally = jobs.Tally(args.tap, args.verbose)

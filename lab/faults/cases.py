@@ -409,33 +409,31 @@ def fixed() -> List[Tuple[str, Case]]:
     def add(name: str, mode: str, fault: str, **more: Any) -> None:
         cases.append((name, Case(len(cases), mode, fault, **more)))
 
+    def add_calls(name: str, mode: str, *calls: Tuple[str, str, str],
+                  **more: Any) -> None:
+        """calls: side, name and errno of each."""
+        add(f'calls/{name}', mode, 'calls', old_data=MIB, rules=tuple(
+            (side, _first(call, error)) for side, call, error in calls), **more)
+
+    # Files are asked with lseek() where the kernel has no cachestat()
     for name in ERRNOS['lseek']:
-        add(f'calls/source/lseek/{name}', 'precopy', 'calls',
-            rules=(('source', _first('lseek', name)),))
-        add(f'calls/destination/lseek/{name}', 'sparse-ram', 'calls',
-            old_data=MIB, destination='shm-file',
-            rules=(('destination', _first('lseek', name)),))
+        for side, mode in (('source', 'precopy'), ('destination', 'sparse-ram')):
+            add_calls(f'{side}/lseek/{name}', mode, (side, 'cachestat', 'ENOSYS'),
+                      (side, 'lseek', name))
     for name in ERRNOS['fallocate']:
-        add(f'calls/destination/fallocate/{name}', 'precopy', 'calls',
-            old_data=MIB, destination='shm-file',
-            rules=(('destination', _first('fallocate', name)),))
-    add('calls/multifd', 'multifd', 'calls', old_data=MIB,
-        destination='shm-file',
-        rules=(('source', _first('lseek', 'EINVAL')),
-               ('destination', _first('fallocate', 'EOPNOTSUPP'))))
-    add('calls/cachestat', 'sparse-ram', 'calls', old_data=MIB,
-        rules=(('source', _first('cachestat', 'ENOSYS')),
-               ('destination', _first('cachestat', 'EPERM'))))
-    add('calls/cachestat-and-pread', 'precopy', 'calls', old_data=MIB,
-        rules=(('source', _first('cachestat', 'ENOSYS')),
-               ('source', _first('pread', 'EIO'))))
-    add('calls/madvise', 'precopy', 'calls', old_data=MIB,
-        destination='anonymous-shared',
-        rules=(('destination', _first('madvise', 'EINVAL')),))
-    add('calls/pagemap', 'sparse-ram', 'calls', old_data=MIB,
-        source='anonymous', destination='anonymous',
-        rules=(('destination', _first('pagemap-scan', 'ENOTTY')),
-               ('destination', _first('pagemap-read', 'EIO'))))
+        add_calls(f'destination/fallocate/{name}', 'precopy',
+                  ('destination', 'fallocate', name))
+    add_calls('multifd', 'multifd', ('source', 'cachestat', 'EINVAL'),
+              ('destination', 'fallocate', 'EOPNOTSUPP'))
+    add_calls('cachestat', 'sparse-ram', ('source', 'cachestat', 'ENOSYS'),
+              ('destination', 'cachestat', 'EPERM'), destination='shm-file')
+    add_calls('cachestat-and-pread', 'precopy', ('source', 'cachestat', 'ENOSYS'),
+              ('source', 'pread', 'EIO'))
+    add_calls('madvise', 'precopy', ('destination', 'madvise', 'EINVAL'),
+              destination='anonymous-shared')
+    add_calls('pagemap', 'sparse-ram', ('destination', 'pagemap-scan', 'ENOTTY'),
+              ('destination', 'pagemap-read', 'EIO'), source='anonymous',
+              destination='anonymous')
     add('calls/postcopy', 'postcopy', 'calls', old_data=MIB, peeks=2,
         rules=(('destination', Rule('cachestat', 'ENOSYS')),
                ('destination', Rule('lseek', 'EINVAL', first=2))))
