@@ -13,12 +13,22 @@ from lab.measure.rows import (AtMost, HolesAreRight, PairedRatioAtMost,
                               RatioAtMost, Row, Variant)
 from lab.memory import MIB, format_size
 
-Metric = Callable[[Measurement], Optional[float]]
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a measurement.
+
+    title: in a target.  is_time: in seconds, and not in bytes or pages.
+    of: the measurement; None where there is nothing to measure.
+    """
+    title: str
+    is_time: bool
+    of: Callable[[Measurement], Optional[float]]
 
 
-def _of_destination(field_name: str) -> Metric:
-    return lambda m: (getattr(m.destination, field_name)
-                      if m.destination else None)
+def _attribute(where: str, name: str) -> Callable[[Measurement], Optional[float]]:
+    """Of what a measurement may not have, such as the destination."""
+    return lambda run: getattr(getattr(run, where), name, None)
 
 
 def _cpu_time(measurement: Measurement) -> float:
@@ -27,40 +37,24 @@ def _cpu_time(measurement: Measurement) -> float:
     return sum(side.cpu for side in sides if side)
 
 
-# Sizes in bytes, times in seconds, None where there is nothing to measure
+def _sides(name: str, title: str, is_time: bool, attribute: str) -> Dict[str, Metric]:
+    """The same figure of the source and of the destination."""
+    return {f'{side}_{name}': Metric(f'{side} {title}', is_time,
+                                     _attribute(side, attribute))
+            for side in ('source', 'destination')}
+
+
 METRICS: Dict[str, Metric] = {
-    'source_growth': lambda m: m.source.ram,
-    'destination_growth': _of_destination('ram'),
-    'source_page_tables': lambda m: m.source.page_tables,
-    'destination_page_tables': _of_destination('page_tables'),
-    'source_rss_peak': lambda m: m.source.rss_peak,
-    'destination_rss_peak': _of_destination('rss_peak'),
-    'total_time': lambda m: m.times.total,
-    'wall_time': lambda m: m.times.wall,
-    'load_time': lambda m: m.times.load,
-    'downtime': lambda m: m.times.downtime,
-    'cpu_time': _cpu_time,
-    'source_cpu': lambda m: m.source.cpu,
-    'destination_cpu': _of_destination('cpu'),
-    'source_silence': lambda m: m.source.silence,
-    'destination_silence': _of_destination('silence'),
-    'expected_holes': lambda m: m.expected_holes,
-    'holes': lambda m: m.holes}
-
-_TIMES = ('total_time', 'wall_time', 'load_time', 'downtime', 'cpu_time',
-          'source_cpu', 'destination_cpu')
-
-_NAMES = {'source_growth': 'source growth',
-          'destination_growth': 'destination growth',
-          'source_page_tables': 'source page tables',
-          'destination_page_tables': 'destination page tables',
-          'source_rss_peak': 'source RSS, highest',
-          'destination_rss_peak': 'destination RSS, highest',
-          'total_time': 'total time',
-          'load_time': 'load',
-          'downtime': 'downtime',
-          'cpu_time': 'CPU',
-          'destination_cpu': 'destination CPU'}
+    **_sides('growth', 'growth', False, 'ram'),
+    **_sides('page_tables', 'page tables', False, 'page_tables'),
+    **_sides('rss_peak', 'RSS, highest', False, 'rss_peak'),
+    **_sides('cpu', 'CPU', True, 'cpu'),
+    **_sides('silence', 'silence', True, 'silence'),
+    'total_time': Metric('total time', True, _attribute('times', 'total')),
+    'load_time': Metric('load', True, _attribute('times', 'load')),
+    'downtime': Metric('downtime', True, _attribute('times', 'downtime')),
+    'cpu_time': Metric('CPU', True, _cpu_time),
+    'expected_holes': Metric('expected holes', False, lambda m: m.expected_holes)}
 
 # Not '-', which is a list in reStructuredText
 NOTHING = 'n/a'
@@ -124,7 +118,7 @@ class RowResult:
 
     def values(self, label: str, metric: str) -> List[float]:
         """One value a run."""
-        values = (METRICS[metric](run) for run in self.runs.get(label, ()))
+        values = (METRICS[metric].of(run) for run in self.runs.get(label, ()))
         return [value for value in values if value is not None]
 
     def median(self, label: str, metric: str) -> Optional[float]:
@@ -145,7 +139,7 @@ class RowResult:
 
         What changes slowly on the machine is the same for both.
         """
-        pairs = zip(*([METRICS[metric](run)
+        pairs = zip(*([METRICS[metric].of(run)
                        for run in self.runs.get(variant.label, ())]
                       for variant in self.row.variants))
         ratios = [pair[1] / pair[0] for pair in pairs
@@ -203,26 +197,29 @@ def judge(result: RowResult) -> List[Verdict]:
 
 def _judge(result: RowResult, target: object) -> Verdict:
     met: Optional[bool]
-    compared = ' over '.join(variant.label
-                             for variant in result.row.variants[::-1])
+    text = measured = ''
+    if isinstance(target, (RatioAtMost, PairedRatioAtMost)):
+        compared = ' over '.join(variant.label
+                                 for variant in result.row.variants[::-1])
+        text = f'{METRICS[target.metric].title}, {compared} <= {target.limit:.2f}'
     if isinstance(target, AtMost):
-        is_time = target.metric in _TIMES
-        limit = (f'{target.limit:g} s' if is_time
-                 else format_size(int(target.limit)))
-        text = (f'{_NAMES[target.metric]} {"<" if target.strict else "<="} '
-                f'{limit}')
+        metric = METRICS[target.metric]
         value = result.median(result.row.subject.label, target.metric)
-        measured = f'{_seconds(value)} s' if is_time else f'{_mib(value)} MiB'
+        sign = '<' if target.strict else '<='
+        if metric.is_time:
+            text = f'{metric.title} {sign} {target.limit:g} s'
+            measured = f'{_seconds(value)} s'
+        else:
+            text = f'{metric.title} {sign} {format_size(int(target.limit))}'
+            measured = f'{_mib(value)} MiB'
         met = value is not None and (value < target.limit or
                                      value == target.limit
                                      and not target.strict)
     elif isinstance(target, RatioAtMost):
-        text = f'{_NAMES[target.metric]}, {compared} <= {target.limit:.2f}'
         value = result.ratio(target.metric)
         measured = _ratio(value)
         met = value is not None and value <= target.limit
     elif isinstance(target, PairedRatioAtMost):
-        text = f'{_NAMES[target.metric]}, {compared} <= {target.limit:.2f}'
         paired = result.paired(target.metric)
         value = paired and paired.median
         measured = _paired(paired)
@@ -247,16 +244,18 @@ def _judge(result: RowResult, target: object) -> Verdict:
 
 # Text
 
-def _mib(value: Optional[float]) -> str:
-    return NOTHING if value is None else f'{value / MIB:.1f}'
+Text = Callable[[Optional[float]], str]
 
 
-def _seconds(value: Optional[float]) -> str:
-    return NOTHING if value is None else f'{value:.3f}'
+def _number(digits: int, unit: float = 1, suffix: str = '') -> Text:
+    """How a figure is written, in this unit."""
+    return lambda value: (NOTHING if value is None
+                          else f'{value / unit:.{digits}f}{suffix}')
 
 
-def _ratio(value: Optional[float]) -> str:
-    return NOTHING if value is None else f'{value:.3f}'
+_mib = _number(1, MIB)
+_seconds = _ratio = _number(3)
+_percent = _number(1, 0.01, ' %')
 
 
 def _paired(value: Optional[PairedRatio]) -> str:
@@ -266,10 +265,6 @@ def _paired(value: Optional[PairedRatio]) -> str:
         return f'{value.median:.3f} (of one pair)'
     return (f'{value.median:.3f} ({value.low:.3f} to {value.high:.3f}, '
             f'{value.confidence * 100:.0f} %)')
-
-
-def _percent(value: Optional[float]) -> str:
-    return NOTHING if value is None else f'{value * 100:.1f} %'
 
 
 def _holes(result: RowResult, label: str) -> str:
@@ -285,31 +280,34 @@ def _holes(result: RowResult, label: str) -> str:
     return f'{worst.holes} of {worst.expected_holes}'
 
 
+def _runs(result: RowResult, *labels: str) -> str:
+    return str(min(len(result.runs.get(label, ())) for label in labels))
+
+
+# Columns: a title, a metric, and how it is written
+_Columns = Sequence[Tuple[str, str, Text]]
+
+_GROWTH: _Columns = (
+    ('source, MiB', 'source_growth', _mib),
+    ('dest., MiB', 'destination_growth', _mib),
+    ('source PTE, MiB', 'source_page_tables', _mib),
+    ('dest. PTE, MiB', 'destination_page_tables', _mib),
+    ('source RSS, MiB', 'source_rss_peak', _mib),
+    ('dest. RSS, MiB', 'destination_rss_peak', _mib),
+    ('total, s', 'total_time', _seconds),
+    ('load, s', 'load_time', _seconds))
+
+
 def growth_table(results: Sequence[RowResult]) -> str:
     """Two lines a row, of the rows in which RAM grows."""
-    header = ('row', 'guest RAM', 'QEMU', 'source, MiB', 'dest., MiB',
-              'source PTE, MiB', 'dest. PTE, MiB', 'source RSS, MiB',
-              'dest. RSS, MiB', 'total, s', 'load, s', 'holes', 'runs')
-    return rst_table(header, [_growth_line(result, variant)
-                              for result in results
-                              for variant in result.row.variants])
-
-
-def _growth_line(result: RowResult, variant: Variant) -> List[str]:
-    label = variant.label
-
-    def median(metric: str) -> Optional[float]:
-        return result.median(label, metric)
-
-    return [result.row.name, format_size(result.size_of(variant)), label,
-            _mib(median('source_growth')),
-            _mib(median('destination_growth')),
-            _mib(median('source_page_tables')),
-            _mib(median('destination_page_tables')),
-            _mib(median('source_rss_peak')),
-            _mib(median('destination_rss_peak')),
-            _seconds(median('total_time')), _seconds(median('load_time')),
-            _holes(result, label), str(len(result.runs.get(label, ())))]
+    return rst_table(
+        ('row', 'guest RAM', 'QEMU', *(title for title, *_ in _GROWTH), 'holes',
+         'runs'),
+        [[result.row.name, format_size(result.size_of(variant)), variant.label,
+          *(text(result.median(variant.label, metric))
+            for _, metric, text in _GROWTH),
+          _holes(result, variant.label), _runs(result, variant.label)]
+         for result in results for variant in result.row.variants])
 
 
 def speed_table(results: Sequence[RowResult]) -> str:
@@ -320,47 +318,41 @@ def speed_table(results: Sequence[RowResult]) -> str:
 
 
 def _speed_line(result: RowResult) -> List[str]:
-    baseline, subject = (variant.label for variant in result.row.variants)
+    labels = [variant.label for variant in result.row.variants[::-1]]
     return [result.row.name, result.row.what, format_size(result.size),
-            f'{subject} over {baseline}',
-            f'{_seconds(result.median(subject, "total_time"))} / '
-            f'{_seconds(result.median(baseline, "total_time"))}',
+            ' over '.join(labels),
+            ' / '.join(_seconds(result.median(label, 'total_time'))
+                       for label in labels),
             _ratio(result.ratio('total_time')),
             _percent(result.spread('total_time')),
-            _ratio(result.ratio('cpu_time')),
-            str(min(len(result.runs.get(label, ()))
-                    for label in (baseline, subject)))]
+            _ratio(result.ratio('cpu_time')), _runs(result, *labels)]
+
+
+_HARMLESS: _Columns = (
+    ('total, s', 'total_time', _seconds),
+    ('source CPU, s', 'source_cpu', _seconds),
+    ('dest. CPU, s', 'destination_cpu', _seconds),
+    ('downtime, ms', 'downtime', _number(2, 0.001)),
+    ('load, ms', 'load_time', _number(1, 0.001)),
+    ('source, MiB', 'source_growth', _mib),
+    ('dest., MiB', 'destination_growth', _mib),
+    ('source silent, ms', 'source_silence', _number(1, 0.001)),
+    ('dest. silent, ms', 'destination_silence', _number(1, 0.001)))
 
 
 def harmless_table(results: Sequence[RowResult]) -> str:
     """One line a row that has two variants; patched / stock in each cell."""
-    header = ('row', 'what', 'guest RAM', 'total, s', 'source CPU, s',
-              'dest. CPU, s', 'downtime, ms', 'load, ms', 'source, MiB',
-              'dest., MiB', 'source silent, ms', 'dest. silent, ms', 'runs')
-    return rst_table(header, [_harmless_line(result) for result in results])
-
-
-def _milliseconds(digits: int) -> Callable[[Optional[float]], str]:
-    return lambda value: (NOTHING if value is None
-                          else f'{value * 1000:.{digits}f}')
+    return rst_table(
+        ('row', 'what', 'guest RAM', *(title for title, *_ in _HARMLESS), 'runs'),
+        [_harmless_line(result) for result in results])
 
 
 def _harmless_line(result: RowResult) -> List[str]:
     labels = [variant.label for variant in result.row.variants[::-1]]
-
-    def both(metric: str, text: Callable[[Optional[float]], str]) -> str:
-        return ' / '.join(text(result.median(label, metric))
-                          for label in labels)
-
     return [result.row.name, result.row.what, format_size(result.size),
-            both('total_time', _seconds), both('source_cpu', _seconds),
-            both('destination_cpu', _seconds),
-            both('downtime', _milliseconds(2)),
-            both('load_time', _milliseconds(1)),
-            both('source_growth', _mib), both('destination_growth', _mib),
-            both('source_silence', _milliseconds(1)),
-            both('destination_silence', _milliseconds(1)),
-            str(min(len(result.runs.get(label, ())) for label in labels))]
+            *(' / '.join(text(result.median(label, metric)) for label in labels)
+              for _, metric, text in _HARMLESS),
+            _runs(result, *labels)]
 
 
 def targets_table(verdicts: Sequence[Verdict]) -> str:
@@ -396,11 +388,9 @@ def _smaller(result: RowResult) -> str:
 # JSON
 
 def as_dict(result: RowResult) -> Dict[str, Any]:
-    """For JSON: every run, and what follows from them."""
+    """For JSON: every run, and what became of the targets."""
     row = result.row
-    verdicts: List[Tuple[Verdict, object]] = []
-    if not result.skipped:
-        verdicts = list(zip(judge(result), row.targets))
+    verdicts = [] if result.skipped else judge(result)
     return {
         'name': row.name, 'what': row.what, 'guest': row.guest,
         'operation': {'kind': type(row.operation).__name__,
@@ -409,18 +399,7 @@ def as_dict(result: RowResult) -> Dict[str, Any]:
         'skipped': result.skipped, 'failures': result.failures,
         'baseline': row.baseline and asdict(row.baseline),
         'subject': asdict(row.subject),
-        'runs': {label: [{**asdict(run),
-                          'metrics': {name: metric(run)
-                                      for name, metric in METRICS.items()}}
-                         for run in runs]
+        'runs': {label: [asdict(run) for run in runs]
                  for label, runs in result.runs.items()},
-        'medians': {label: {name: result.median(label, name)
-                            for name in METRICS} for label in result.runs},
-        'ratios': {name: result.ratio(name) for name in _TIMES},
-        'paired_ratios': {name: paired and paired._asdict()
-                          for name, paired in ((name, result.paired(name))
-                                               for name in _TIMES)},
-        'spreads': {name: result.spread(name) for name in _TIMES},
-        'targets': [{'kind': type(target).__name__, **vars(target),
-                     'target': verdict.target, 'measured': verdict.measured,
-                     'met': verdict.met} for verdict, target in verdicts]}
+        'targets': [{'target': verdict.target, 'measured': verdict.measured,
+                     'met': verdict.met} for verdict in verdicts]}
