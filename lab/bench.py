@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -88,11 +89,9 @@ def parse_args() -> argparse.Namespace:
                              "'multifd*', or one of the groups "
                              f"{' and '.join(GROUPS)} (can be repeated)")
     parser.add_argument('--runs', type=count, metavar='N',
-                        help=f'of every variant (default {RUNS})')
-    parser.add_argument('--speed-runs', type=count, metavar='N',
-                        help='of every variant of the rows about speed, '
-                             'whose differences are small (default twice '
-                             'the others and one)')
+                        help=f'of every variant (default {RUNS}); of rows '
+                             'about speed, whose differences are small, twice '
+                             'as many and one')
     parser.add_argument('--size', type=guest_size,
                         help='RAM of idle guests (default 8G); less is taken '
                              'if memory is short')
@@ -105,22 +104,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--save', action='store_true',
                         help='write the tables to a file in docs/results, too')
     parser.add_argument('--directory', metavar='DIR', default=OUTPUT,
-                        help='for the JSON file, and for temporary files as '
-                             'large as a guest (default build/bench)')
-    parser.add_argument('--json', metavar='FILE',
-                        help='default: bench.json in that directory, or, '
-                             'with --quick or --only, bench-partial.json')
+                        help='for temporary files as large as a guest, and '
+                             'for bench.json, with --quick or --only '
+                             'bench-partial.json (default build/bench)')
     args = parser.parse_args()
-    args.size = args.size or (QUICK_SIZE if args.quick else SIZE)[IDLE]
-    args.full_size = (args.full_size
-                      or (QUICK_SIZE if args.quick else SIZE)[FULL])
-    args.speed_runs = (args.speed_runs or
-                       (2 * args.runs + 1 if args.runs
-                        else 1 if args.quick else 2 * RUNS + 1))
+    sizes = QUICK_SIZE if args.quick else SIZE
+    args.size = args.size or sizes[IDLE]
+    args.full_size = args.full_size or sizes[FULL]
+    once = args.quick and not args.runs
     args.runs = args.runs or (1 if args.quick else RUNS)
-    args.json = args.json or os.path.join(
-        args.directory, 'bench-partial.json' if args.quick or args.only
-        else 'bench.json')
+    args.speed_runs = 1 if once else 2 * args.runs + 1
+    args.json = os.path.join(args.directory, (
+        'bench-partial.json' if args.quick or args.only else 'bench.json'))
     return args
 
 
@@ -140,12 +135,6 @@ def busy_cpus(seconds: float) -> float:
                         in zip(idle_and_all(), before))
     cpus = os.cpu_count() or 1
     return cpus * (1 - idle / everything) if everything else 0.0
-
-
-def free_space(directory: str) -> int:
-    """Bytes that may still be written to a file system."""
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize
 
 
 def file_system(directory: str) -> str:
@@ -174,7 +163,7 @@ class Limits:
     def now(cls, directory: str, floor: int) -> 'Limits':
         """floor: bytes of memory to be left alone"""
         return cls(memory=memory.available() - floor,
-                   disk=free_space(directory) - floor,
+                   disk=shutil.disk_usage(directory).free - floor,
                    huge_pages=host.free_huge_pages() * HUGE_PAGE,
                    shm=host.free_shm(),
                    disk_is_memory=file_system(directory) in ('tmpfs',
@@ -436,10 +425,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f'cannot make {args.directory}: {err.strerror}') from err
 
-    where = os.path.dirname(os.path.abspath(args.json))
-    for directory in (args.directory, where):
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise UserError(f'cannot write to {directory}')
+    if not os.access(args.directory, os.W_OK | os.X_OK):
+        raise UserError(f'cannot write to {args.directory}')
 
     bench = Bench(args)
     bench.run()

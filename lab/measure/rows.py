@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 from lab.measure.operation import (DirtyRate, Dump, InternalSnapshot, Migrate,
                                    Operation)
@@ -126,13 +126,9 @@ _LOADS = (*_MIGRATES, DESTINATION_STAYS)
 
 
 def _growth(name: str, what: str, operation: Operation,
-            targets: Sequence[object], backend: str = 'memfd',
-            largest: Optional[int] = None, why: str = '',
-            needs_direct_io: bool = False) -> Row:
-    baseline, subject = stock_and_patched(backend)
-    return Row(name, what, operation, baseline, subject, largest=largest,
-               why=why, needs_direct_io=needs_direct_io,
-               targets=tuple(targets))
+            targets: Sequence[object], backend: str = 'memfd', **more: Any) -> Row:
+    return Row(name, what, operation, *stock_and_patched(backend),
+               targets=tuple(targets), **more)
 
 
 # Of an idle guest
@@ -190,30 +186,21 @@ GROWTH: Tuple[Row, ...] = (
             'anonymous'))
 
 
-def _speed(name: str, what: str, variants: Tuple[Variant, Variant],
-           limit: float, guest: str = FULL, fill: Optional[int] = None,
-           holes: bool = False, operation: Migrate = Migrate()) -> Row:
-    baseline, subject = variants
-    targets: Tuple[object, ...] = (RatioAtMost('total_time', limit),)
-    if holes:
-        targets += (HolesAreRight(),)
-    return Row(name, what, operation, baseline, subject, guest, fill,
-               targets=targets)
-
-
 # Precopy over tcp, unless something else is said
 SPEED: Tuple[Row, ...] = (
-    _speed('speed-alternate', 'data in every second page',
-           stock_and_patched('memfd'), 1.0, fill=2, holes=True),
-    _speed('speed-memfd', 'idle memfd over idle memory-backend-ram',
-           (Variant('anonymous', 'patched', 'anonymous'),
-            Variant('memfd', 'patched', 'memfd')), 1.0, IDLE))
+    Row('speed-alternate', 'data in every second page', Migrate(),
+        *stock_and_patched('memfd'), FULL, fill=2,
+        targets=(RatioAtMost('total_time', 1.0), HolesAreRight())),
+    Row('speed-memfd', 'idle memfd over idle memory-backend-ram', Migrate(),
+        Variant('anonymous', 'patched', 'anonymous'),
+        Variant('memfd', 'patched', 'memfd'),
+        targets=(RatioAtMost('total_time', 1.0),)))
 
 
 # With the capability sparse-ram
 _SPARSE_RAM = ('sparse-ram',)
-_LEAN = AtMost('source_rss_peak', 64 * MIB), AtMost('destination_rss_peak',
-                                                    64 * MIB)
+_LEAN = (AtMost('source_rss_peak', 64 * MIB),
+         AtMost('destination_rss_peak', 64 * MIB))
 
 
 def _with_sparse_ram(size: int) -> Variant:
@@ -264,9 +251,9 @@ def _harmless(name: str, what: str, fill: Optional[int] = None,
               destination: Optional[str] = None, needs_thp: bool = False,
               targets: Tuple[object, ...] = _paired('cpu_time', 'downtime')) \
         -> Row:
-    baseline, subject = stock_and_patched(backend, destination)
-    return Row(f'harmless-{name}', what, operation, baseline, subject, FULL,
-               fill, largest=1 * GIB, why='which is enough for percents',
+    return Row(f'harmless-{name}', what, operation,
+               *stock_and_patched(backend, destination), FULL, fill,
+               largest=1 * GIB, why='which is enough for percents',
                needs_thp=needs_thp, targets=targets)
 
 
