@@ -54,14 +54,11 @@ def result(stock, patched, *targets) -> RowResult:
 
 
 class HalveUntil(unittest.TestCase):
-    def test_first_that_fits(self):
-        self.assertEqual(memory.halve_until(
-            8 * GIB, lambda size: size <= 3 * GIB), 2 * GIB)
-        self.assertEqual(memory.halve_until(8 * GIB, lambda _: True), 8 * GIB)
-
-    def test_stops_at_the_smallest(self):
-        self.assertEqual(memory.halve_until(8 * GIB, lambda _: False),
-                         memory.SMALLEST)
+    def test_halves(self):
+        for largest, size in ((3 * GIB, 2 * GIB), (9 * GIB, 8 * GIB),
+                              (0, memory.SMALLEST)):
+            self.assertEqual(memory.halve_until(
+                8 * GIB, lambda each, most=largest: each <= most), size)
 
 
 class Fill(unittest.TestCase):
@@ -75,6 +72,7 @@ class Fill(unittest.TestCase):
     def test_every_page(self):
         self.assertEqual(content.fill(self.ram.ram), self.SIZE)
         self.assertEqual(self.ram.ram.allocated(), self.SIZE)
+        self.assertEqual(os.fstat(self.ram.fd).st_size, self.SIZE)
         contents = {self.ram.page(number) for number in range(self.pages)}
         self.assertEqual(len(contents), self.pages)
         self.assertNotIn(bytes(PAGE_SIZE), contents)
@@ -82,16 +80,21 @@ class Fill(unittest.TestCase):
     def test_every_second_page(self):
         self.assertEqual(content.fill(self.ram.ram, 2), self.SIZE // 2)
         for number in range(self.pages):
-            page = self.ram.page(number)
-            if number % 2:
-                self.assertEqual(page, bytes(PAGE_SIZE))
-            else:
-                self.assertNotEqual(page, bytes(PAGE_SIZE))
+            self.assertEqual(self.ram.page(number) == bytes(PAGE_SIZE),
+                             bool(number % 2))
+        if self.ram.ram.allocated() != self.SIZE // 2:
+            self.skipTest('shmem huge pages: every second page fills all')
+        self.assertEqual(operation.count_holes(self.ram.ram, 'memfd'),
+                         self.pages // 2)
+        self.assertIsNone(operation.count_holes(self.ram.ram,
+                                                'memfd-private'))
 
-    def test_ram_that_is_gone_is_an_error(self):
-        with mock.patch.object(os, 'pwrite', lambda *_: 0), \
-             self.assertRaises(OSError):
-            content.fill(self.ram.ram)
+    def test_what_cannot_be_written_is_an_error(self):
+        for pwrite in ({'return_value': 0}, {'side_effect': OSError(
+                errno.ENOSPC, 'No space left')}):
+            with mock.patch.object(os, 'pwrite', **pwrite), \
+                 self.assertRaises(OSError):
+                content.fill(self.ram.ram)
 
     def test_a_file_that_only_a_mapping_can_write(self):
         # hugetlbfs
@@ -101,25 +104,6 @@ class Fill(unittest.TestCase):
         other = Memfd(self, self.SIZE)
         content.fill(other.ram)
         self.assertTrue(content.compare(self.ram.ram, other.ram).identical)
-
-    def test_another_error_is_one(self):
-        with mock.patch.object(os, 'pwrite', side_effect=OSError(
-                errno.ENOSPC, 'No space left')), \
-             self.assertRaises(OSError):
-            content.fill(self.ram.ram)
-
-    def test_nothing_beyond_the_end(self):
-        content.fill(self.ram.ram)
-        self.assertEqual(os.fstat(self.ram.fd).st_size, self.SIZE)
-
-    def test_expected_holes(self):
-        content.fill(self.ram.ram, 2)
-        if self.ram.ram.allocated() != self.SIZE // 2:
-            self.skipTest('shmem huge pages: every second page fills all')
-        self.assertEqual(operation.count_holes(self.ram.ram, 'memfd'),
-                         self.pages // 2)
-        self.assertIsNone(operation.count_holes(self.ram.ram,
-                                                'memfd-private'))
 
 
 class Scatter(unittest.TestCase):
@@ -162,29 +146,23 @@ class Dirty(unittest.TestCase):
             self.assertEqual(pages, operation.dirty_pages(64 * MIB, percent))
 
     def test_what_cannot_be_written_is_a_failure(self):
-        guest = mock.Mock()
-
-        def serve(path, answer):
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(path)
-                listener.listen()
-                ready.set()
-                connection, _ = listener.accept()
-                with connection, connection.makefile('rwb') as file:
-                    said.append(file.readline())
-                    file.write(answer)
+        def serve(listener, answer):
+            connection, _ = listener.accept()
+            with listener, connection, connection.makefile('rwb') as file:
+                said.append(file.readline())
+                file.write(answer)
 
         def qmp(command, **arguments):
             if command == 'chardev-add':
-                ready.clear()
-                path = arguments['backend']['data']['addr']['data']['path']
-                thread = threading.Thread(target=serve, args=(path, answer))
+                listener = socket.socket(socket.AF_UNIX)
+                listener.bind(arguments['backend']['data']['addr']['data']['path'])
+                listener.listen()
+                thread = threading.Thread(target=serve, args=(listener, answer))
                 thread.start()
                 self.addCleanup(thread.join)
-                ready.wait()
 
-        guest.qmp, ready, said = qmp, threading.Event(), []
-        answer = b'OK\n'
+        guest, said, answer = mock.Mock(), [], b'OK\n'
+        guest.qmp = qmp
         operation.write_by_qtest(guest, [5])
         self.assertEqual(said, [b'write 0x5000 0x8 0xfffffffffffffffa\n'])
         for answer in (b'FAIL Unknown command\n', b''):
@@ -238,26 +216,17 @@ class PrivateRam(unittest.TestCase):
         self.area[5 * MIB] = 1
         self.assertGreaterEqual(self.ram.allocated(), in_file + PAGE_SIZE)
 
-    def test_sees_both_kinds_of_data(self):
+    def test_sees_both_kinds_of_data_and_allocates_nothing(self):
         os.pwrite(self.file.fd, b'file', 0)
         self.area[5 * MIB] = 1
-        extents = list(self.ram.extents())
-
-        def covered(offset):
-            return any(start <= offset < end for start, end in extents)
-
-        self.assertTrue(covered(0))
-        self.assertTrue(covered(5 * MIB))
-        fd = self.ram.open()
-        self.addCleanup(os.close, fd)
-        self.assertEqual(os.pread(fd, 1, self.ram.base + 5 * MIB), b'\1')
-        self.assertEqual(os.pread(self.file.fd, 1, 5 * MIB), b'\0')
-
-    def test_looking_allocates_nothing(self):
-        os.pwrite(self.file.fd, b'file', 0)
         before = self.ram.allocated()
-        list(self.ram.extents())
+        extents = list(self.ram.extents())
+        for offset in (0, 5 * MIB):
+            self.assertTrue(any(start <= offset < end for start, end in extents))
         self.assertEqual(self.ram.allocated(), before)
+        with self.ram.opened() as fd:
+            self.assertEqual(os.pread(fd, 1, self.ram.base + 5 * MIB), b'\1')
+        self.assertEqual(os.pread(self.file.fd, 1, 5 * MIB), b'\0')
 
 
 class Ping(unittest.TestCase):
@@ -272,66 +241,64 @@ class Ping(unittest.TestCase):
         self.listener.listen()
         self.asked = []
 
-    def answer(self, delays, events=b''):
-        """Be a monitor that takes so many seconds for each ping in turn, and
-        is gone when it has answered them all; the last one has no end."""
+    def be_monitor(self, serve):
+        """Answer the greeting and the first command; serve(file) does the rest."""
         def run():
             connection, _ = self.listener.accept()
             with connection, connection.makefile('rwb') as file:
                 file.write(b'{"QMP": {}}\n')
-                file.flush()
-                for delay in (0, *delays):
-                    line = file.readline()
-                    if not line:
-                        return
-                    self.asked.append(json.loads(line)['execute'])
-                    time.sleep(delay)
-                    file.write(events + b'{"return": {}}\n')
-                    file.flush()
-                while file.readline():
-                    file.write(b'{"return": {}}\n')
-                    file.flush()
+                self.answer(file)
+                serve(file)
 
         thread = threading.Thread(target=run)
         thread.start()
         self.addCleanup(thread.join)
+        return thread
+
+    def answer(self, file, seconds=0.0, events=b''):
+        """Answer a command after so many seconds; whether there was one."""
+        file.flush()
+        line = file.readline()
+        if line:
+            self.asked.append(json.loads(line)['execute'])
+            time.sleep(seconds)
+            file.write(events + b'{"return": {}}\n')
+            file.flush()
+        return bool(line)
+
+    def longest(self, delays, events=b''):
+        """What is measured, if a monitor takes so many seconds for the pings."""
+        def serve(file):
+            for delay in delays:
+                self.answer(file, delay, events)
+            while self.answer(file):
+                pass
+
+        self.be_monitor(serve)
+        with ping.Pinger(self.path) as pinger:
+            while len(self.asked) < 1 + len(delays):
+                time.sleep(0.01)
+            early = pinger.longest
+        return early, pinger.longest
 
     def test_longest_of_all(self):
-        self.answer((0, 0.2, 0))
-        with ping.Pinger(self.path) as pinger:
-            while len(self.asked) < 4:
-                time.sleep(0.01)
-        self.assertGreaterEqual(pinger.longest, 0.2)
-        self.assertLess(pinger.longest, 5)
+        longest = self.longest((0, 0.2, 0))[1]
+        self.assertGreaterEqual(longest, 0.2)
+        self.assertLess(longest, 5)
         self.assertEqual(self.asked[:2], ['qmp_capabilities', 'query-status'])
 
     def test_what_is_under_way_counts(self):
-        self.answer((0, 0.5))
-        with ping.Pinger(self.path) as pinger:
-            while len(self.asked) < 3:
-                time.sleep(0.01)
-            self.assertLess(pinger.longest, 0.5)
-        self.assertGreaterEqual(pinger.longest, 0.5)
+        early, longest = self.longest((0, 0.5))
+        self.assertLess(early, 0.5)
+        self.assertGreaterEqual(longest, 0.5)
 
     def test_an_event_is_no_answer(self):
-        self.answer((0.1, 0), b'{"event": "STOP"}\n')
-        with ping.Pinger(self.path) as pinger:
-            while len(self.asked) < 3:
-                time.sleep(0.01)
-        self.assertGreaterEqual(pinger.longest, 0.1)
+        self.assertGreaterEqual(
+            self.longest((0.1, 0), b'{"event": "STOP"}\n')[1], 0.1)
         self.assertEqual(set(self.asked[1:]), {'query-status'})
 
     def test_a_guest_that_is_killed_is_no_error(self):
-        def vanish():
-            connection, _ = self.listener.accept()
-            connection.sendall(b'{"QMP": {}}\n')
-            connection.recv(4096)
-            connection.sendall(b'{"return": {}}\n')
-            connection.recv(4096)
-            connection.close()
-
-        thread = threading.Thread(target=vanish)
-        thread.start()
+        thread = self.be_monitor(lambda file: file.readline())
         with ping.Pinger(self.path):
             thread.join()
 
@@ -342,12 +309,6 @@ class Process(unittest.TestCase):
         while operation.cpu_time(os.getpid()) == before:
             pass
         self.assertLess(operation.cpu_time(os.getpid()) - before, 0.005)
-
-    def test_cpu_time_grows(self):
-        before = operation.cpu_time(os.getpid())
-        while operation.cpu_time(os.getpid()) == before:
-            sum(range(100000))
-        self.assertLess(operation.cpu_time(os.getpid()) - before, 10)
 
     def test_peak_starts_anew(self):
         def resident():
@@ -360,15 +321,11 @@ class Process(unittest.TestCase):
         reset_rss_peak(os.getpid())
         self.assertLess(resident().rss_peak, resident().rss + 16 * MIB)
 
-    def test_growth_of_anonymous_ram_is_the_process(self):
-        before = Sample(None, 0, 0, 10, 0, 0, 0)
-        self.assertEqual(operation.ram_growth(
-            before, replace(before, rss_anon=17)), 7)
-
-    def test_growth_of_a_file_is_the_file(self):
-        before = Sample(100, 0, 0, 10, 0, 0, 0)
-        self.assertEqual(operation.ram_growth(
-            before, replace(before, allocated=103, rss_anon=17)), 3)
+    def test_growth_is_of_the_file_or_else_of_the_process(self):
+        for allocated, now, growth in ((None, None, 7), (100, 103, 3)):
+            before = Sample(allocated, 0, 0, 10, 0, 0, 0)
+            after = replace(before, allocated=now, rss_anon=17)
+            self.assertEqual(operation.ram_growth(before, after), growth)
 
 
 class Rows(unittest.TestCase):
@@ -376,29 +333,22 @@ class Rows(unittest.TestCase):
         names = [each.name for each in rows.ALL]
         self.assertEqual(len(set(names)), len(names))
 
-    def test_targets_and_backends_exist(self):
+    def test_each_is_consistent(self):
         for each in rows.ALL:
-            for variant in each.variants:
-                for backend in variant.backends:
-                    self.assertIn(backend, KINDS)
-                self.assertIn(variant.qemu, ('stock', 'patched'))
-            self.assertEqual(len({variant.label for variant in each.variants}),
-                             len(each.variants))
-            for target in each.targets:
-                if not isinstance(target, HolesAreRight):
-                    self.assertIn(target.metric, summary.METRICS)
-
-    def test_a_smaller_guest_has_a_reason(self):
-        for each in rows.ALL:
-            self.assertEqual(bool(each.largest), bool(each.why), each.name)
-
-    def test_destination_targets_need_a_destination(self):
-        for each in rows.ALL:
-            if not each.operation.loads:
-                self.assertFalse(
-                    [target for target in each.targets
-                     if getattr(target, 'metric', '').startswith('dest')],
-                    each.name)
+            with self.subTest(each.name):
+                for variant in each.variants:
+                    self.assertLessEqual(set(variant.backends), set(KINDS))
+                    self.assertIn(variant.qemu, ('stock', 'patched'))
+                self.assertEqual(
+                    len({variant.label for variant in each.variants}),
+                    len(each.variants))
+                metrics = [target.metric for target in each.targets
+                           if not isinstance(target, HolesAreRight)]
+                self.assertLessEqual(set(metrics), set(summary.METRICS))
+                self.assertTrue(each.operation.loads or not any(
+                    metric.startswith('dest') for metric in metrics))
+                # A smaller guest has a reason
+                self.assertEqual(bool(each.largest), bool(each.why))
 
     def test_harmless_compares_stock_and_patched(self):
         for each in rows.HARMLESS:
@@ -517,63 +467,54 @@ class Judge(unittest.TestCase):
         self.assertEqual(len(verdicts), 1)
         return verdicts[0]
 
-    def test_limit(self):
-        target = AtMost('source_growth', 16 * MIB)
-        for growth, met in ((16 * MIB, True), (16 * MIB + 1, False)):
-            verdict = self.verdict(target, [measurement(source=growth)])
-            self.assertIs(verdict.met, met)
-            self.assertEqual(verdict.word, 'met' if met else 'missed')
-        self.assertIn('<= 16 MiB', verdict.target)
+    def test_limits(self):
+        most = AtMost('source_growth', 16 * MIB)
+        less = AtMost('source_growth', 16 * MIB, strict=True)
+        time_limit = AtMost('total_time', 0.030)
+        ratio = RatioAtMost('total_time', 1.02)
+        for target, patched, met in (
+                (most, measurement(source=16 * MIB), True),
+                (most, measurement(source=16 * MIB + 1), False),
+                (less, measurement(source=16 * MIB - 1), True),
+                (less, measurement(source=16 * MIB), False),
+                (time_limit, measurement(0.030), True),
+                (time_limit, measurement(0.0301), False),
+                (ratio, measurement(1.02), True),
+                (ratio, measurement(1.03), False)):
+            with self.subTest(target=target, patched=patched):
+                # Only the subject is judged
+                verdict = self.verdict(target, [patched],
+                                       [measurement(source=1 * GIB)])
+                self.assertIs(verdict.met, met)
+                self.assertEqual(verdict.word, 'met' if met else 'missed')
 
-    def test_limit_of_time(self):
-        verdict = self.verdict(AtMost('total_time', 0.030),
-                               [measurement(total=0.0301)])
-        self.assertFalse(verdict.met)
-        self.assertEqual(verdict.target, 'total time <= 0.03 s')
-        self.assertEqual(verdict.measured, '0.030 s')
-        self.assertTrue(self.verdict(AtMost('total_time', 0.030),
-                                     [measurement(total=0.030)]).met)
-
-    def test_strict_limit(self):
-        target = AtMost('source_growth', 1 * MIB, strict=True)
-        for growth, met in ((1 * MIB - 1, True), (1 * MIB, False)):
-            self.assertIs(
-                self.verdict(target, [measurement(source=growth)]).met, met)
-
-    def test_only_the_subject_is_judged(self):
-        target = AtMost('source_growth', 16 * MIB)
-        self.assertTrue(self.verdict(target, [measurement()],
-                                     [measurement(source=1 * GIB)]).met)
-
-    def test_ratio(self):
-        target = RatioAtMost('total_time', 1.02)
-        for total, met in ((1.02, True), (1.03, False)):
-            verdict = self.verdict(target, [measurement(total)],
-                                   [measurement(1.0)])
-            self.assertIs(verdict.met, met)
-        self.assertIn('1.030', verdict.measured)
+    def test_words(self):
+        for target, words, measured in (
+                (AtMost('source_growth', 16 * MIB), 'source growth <= 16 MiB',
+                 '1.0 MiB'),
+                (AtMost('total_time', 0.030), 'total time <= 0.03 s', '1.234 s'),
+                (RatioAtMost('total_time', 1.02),
+                 'total time, patched over stock <= 1.02', '1.234')):
+            verdict = self.verdict(target, [measurement(1.234, source=MIB)],
+                                   [measurement()])
+            self.assertEqual((verdict.target, verdict.measured),
+                             (words, measured))
 
     def test_paired_ratio(self):
         target = PairedRatioAtMost('downtime', 1.02)
         stock = [measurement(downtime=0.1)] * 3
         for patched, word in (((0.1, 0.102, 0.2), 'met'),
                               ((0.09, 0.2, 0.2), 'undecided'),
-                              ((0.103, 0.104, 0.2), 'missed')):
+                              ((0.103, 0.104, 0.2), 'missed'),
+                              ((0.09,), 'undecided'), ((0.2,), 'undecided')):
             verdict = self.verdict(
                 target, [measurement(downtime=each) for each in patched],
                 stock)
             self.assertEqual(verdict.word, word, patched)
-        self.assertEqual(verdict.target,
-                         'downtime, patched over stock <= 1.02')
-        self.assertEqual(verdict.measured, '1.040 (1.030 to 2.000, 75 %)')
-        self.assertEqual(self.verdict(target, []).word, 'not measured')
-
-    def test_one_pair_decides_nothing(self):
-        for patched in (0.09, 0.2):
-            verdict = self.verdict(PairedRatioAtMost('downtime', 1.02),
-                                   [measurement(downtime=patched)],
-                                   [measurement()])
-            self.assertEqual(verdict.word, 'undecided')
+            self.assertEqual(verdict.target,
+                             'downtime, patched over stock <= 1.02')
+            if len(patched) == 3 and word == 'missed':
+                self.assertEqual(verdict.measured, '1.040 (1.030 to 2.000, 75 %)')
         self.assertEqual(verdict.measured, '2.000 (of one pair)')
 
     def test_holes(self):
@@ -584,14 +525,13 @@ class Judge(unittest.TestCase):
                                             measurement(holes=5),
                                             measurement(holes=holes)])
             self.assertIs(verdict.met, met, holes)
-
-    def test_no_holes_are_right_too(self):
         self.assertTrue(self.verdict(
-            HolesAreRight(), [measurement(holes=0, expected=0)]).met)
+            target, [measurement(holes=0, expected=0)]).met)
 
     def test_not_measured_is_not_met(self):
         for target in (AtMost('source_growth', 1), HolesAreRight(),
-                       RatioAtMost('total_time', 1)):
+                       RatioAtMost('total_time', 1),
+                       PairedRatioAtMost('downtime', 1)):
             verdict = self.verdict(target, [])
             self.assertIsNone(verdict.met)
             self.assertEqual(verdict.word, 'not measured')
@@ -688,37 +628,24 @@ class Limits(unittest.TestCase):
     def row(name) -> rows.Row:
         return rows.select(rows.ALL, [name])[0]
 
-    def allows(self, name, size, **less) -> bool:
-        limits = replace(self.LOTS, **less)
-        return limits.shortage(self.row(name), size) is None
-
-    def test_both_guests_fit(self):
-        self.assertTrue(self.allows('precopy', GIB, memory=2 * GIB))
-        self.assertFalse(self.allows('precopy', GIB, memory=2 * GIB - 1))
-
-    def test_file(self):
-        self.assertTrue(self.allows('precopy', GIB, disk=0))
-        self.assertFalse(self.allows('file', GIB, disk=GIB))
-        self.assertTrue(self.allows('file', GIB, disk=2 * GIB))
-        self.assertTrue(self.allows('file', GIB, memory=2 * GIB))
-        self.assertFalse(self.allows('file', GIB, memory=2 * GIB,
-                                     disk_is_memory=True))
-
-    def test_shm(self):
-        self.assertFalse(self.allows('shm-file', GIB, shm=2 * GIB - 1))
-        self.assertTrue(self.allows('precopy', GIB, shm=0))
-
-    def test_huge_pages(self):
-        self.assertFalse(self.allows('hugetlb', GIB, huge_pages=2 * GIB - 1))
-        self.assertTrue(self.allows('hugetlb', GIB, huge_pages=2 * GIB,
-                                    memory=0))
-
-    def test_reserved_and_on_disk(self):
-        self.assertFalse(self.allows('harmless-reserved-source', GIB,
-                                     shm=2 * GIB - 1))
-        self.assertFalse(self.allows('harmless-disk-full', GIB,
-                                     disk=2 * GIB - 1))
-        self.assertTrue(self.allows('harmless-disk-full', GIB, disk=2 * GIB))
+    def test_what_fits(self):
+        for name, less, fits in (
+                ('precopy', {'memory': 2 * GIB}, True),
+                ('precopy', {'memory': 2 * GIB - 1}, False),
+                ('precopy', {'disk': 0, 'shm': 0}, True),
+                ('file', {'disk': GIB}, False),
+                ('file', {'disk': 2 * GIB}, True),
+                ('file', {'memory': 2 * GIB}, True),
+                ('file', {'memory': 2 * GIB, 'disk_is_memory': True}, False),
+                ('shm-file', {'shm': 2 * GIB - 1}, False),
+                ('hugetlb', {'huge_pages': 2 * GIB - 1}, False),
+                ('hugetlb', {'huge_pages': 2 * GIB, 'memory': 0}, True),
+                ('harmless-reserved-source', {'shm': 2 * GIB - 1}, False),
+                ('harmless-disk-full', {'disk': 2 * GIB - 1}, False),
+                ('harmless-disk-full', {'disk': 2 * GIB}, True)):
+            with self.subTest(name=name, less=less):
+                shortage = replace(self.LOTS, **less).shortage(self.row(name), GIB)
+                self.assertEqual(shortage is None, fits)
 
     def test_huge_pages_of_shmem(self):
         row = self.row('harmless-thp-full')
