@@ -189,23 +189,18 @@ def _label_svg(path: str) -> None:
 
 # Measuring
 
-class Watched:
+class Watched(Operation):
     """An operation during which the RSS of both sides is looked at.
 
     samples: seconds since it began, bytes of either side.
     """
     loads = True
-    must_have_run = False
 
     def __init__(self, operation: Operation, seconds: float = 0):
         """seconds: to look for, at least"""
         self._operation = operation
         self._seconds = seconds
         self.samples: List[Tuple[float, int, int]] = []
-
-    def file_size(self, size: int) -> int:
-        """Bytes that a guest of this size may need of the directory."""
-        return self._operation.file_size(size)
 
     def run(self, session: Session) -> Times:
         """Do it."""

@@ -11,8 +11,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import (Any, Callable, Dict, Iterable, List, Optional, Protocol,
-                    Tuple)
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from lab import content
 from lab.measure.ping import Pinger
@@ -35,15 +34,6 @@ _BANDWIDTH = 1 << 40            # bytes per second
 _FIRST_DIRTY = 1 * MIB // PAGE_SIZE
 
 
-def wait_until(done: Callable[[], bool], watchdog: Watchdog) -> None:
-    """Poll; raises MigrationAborted when the watchdog says so."""
-    while not done():
-        if watchdog.tripped:
-            # Also ends what has to be cancelled: the guests are killed
-            raise MigrationAborted(watchdog.tripped)
-        time.sleep(_POLL_INTERVAL)
-
-
 @dataclass
 class Session:
     """The guests of one measurement, ready for the operation.
@@ -58,7 +48,11 @@ class Session:
 
     def wait_until(self, done: Callable[[], bool]) -> None:
         """Poll; raises MigrationAborted when the watchdog says so."""
-        wait_until(done, self.watchdog)
+        while not done():
+            if self.watchdog.tripped:
+                # Also ends what has to be cancelled: the guests are killed
+                raise MigrationAborted(self.watchdog.tripped)
+            time.sleep(_POLL_INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -80,25 +74,30 @@ class Times:
     downtime: Optional[float] = None
 
 
-class Operation(Protocol):
-    """Something to do with a guest."""
+class Operation:
+    """Something to do with a guest.
 
-    @property
-    def loads(self) -> bool:
-        """Whether a second guest has the first one's RAM afterwards."""
+    loads: whether a second guest has the first one's RAM afterwards.
+    """
+    loads = False
 
     @property
     def must_have_run(self) -> bool:
         """Whether QEMU cannot do it to a guest that never ran."""
+        return False
 
     def run(self, session: Session) -> Times:
         """Do it, wait until it is done."""
+        raise NotImplementedError
 
     def file_size(self, size: int) -> int:
-        """Bytes that a guest of this size may need of the directory."""
+        """Bytes that a guest of this size may need of the directory: with every page
+        as data, which is what mapped-ram may come to.
+        """
+        return size + size // 64
 
 
-def _wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
+def wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
     """Wait until a side has completed; returns its query-migrate."""
     info: Dict[str, Any] = {}
 
@@ -150,7 +149,7 @@ def write_by_qtest(guest: Guest, pages: List[int]) -> None:
 
 
 @dataclass(frozen=True)
-class Migrate:
+class Migrate(Operation):
     """A migration from the source to the destination: through loopback, or to a
     file, which the destination then loads.
 
@@ -189,10 +188,10 @@ class Migrate:
         save, load = self.mode.uris(os.path.join(session.directory, 'state'))
         started = time.monotonic()
         source.qmp('migrate', uri=save)
-        info = _wait_for_migration(session, source)
+        info = wait_for_migration(session, source)
         saved = time.monotonic()
         destination.qmp('migrate-incoming', uri=load)
-        _wait_for_migration(session, destination)
+        wait_for_migration(session, destination)
         loaded = _times(session, destination)
         return Times(info['total-time'] / 1000, saved - started,
                      loaded['completed'] - min(loaded.values()), info['ram'])
@@ -209,8 +208,8 @@ class Migrate:
             source.qmp('migrate-start-postcopy')
         if self.dirty:
             self._dirty(session)
-        info = _wait_for_migration(session, source)
-        _wait_for_migration(session, destination)
+        info = wait_for_migration(session, source)
+        wait_for_migration(session, destination)
         wall = time.monotonic() - started
         if postcopy and not info['ram'].get('postcopy-bytes'):
             raise MigrationFailed('it never switched to postcopy')
@@ -232,15 +231,12 @@ class Migrate:
         source.qmp('migrate-continue', state='pre-switchover')
 
     def file_size(self, size: int) -> int:
-        # With every page sent as data, which is what mapped-ram may come to
-        return size + size // 64 if self.mode.file else 0
+        return super().file_size(size) if self.mode.file else 0
 
 
 @dataclass(frozen=True)
-class InternalSnapshot:
+class InternalSnapshot(Operation):
     """savevm to a new qcow2 image, and loadvm right afterwards."""
-    loads = False
-    must_have_run = False
 
     def run(self, session: Session) -> Times:
         guest = session.source
@@ -263,19 +259,14 @@ class InternalSnapshot:
         return Times(saved - started, saved - started,
                      time.monotonic() - saved)
 
-    def file_size(self, size: int) -> int:
-        return size + size // 64
-
 
 @dataclass(frozen=True)
-class Dump:
+class Dump(Operation):
     """dump-guest-memory, without paging.
 
     dump_format: 'elf', 'kdump-zlib', ...
     """
     dump_format: str
-    loads = False
-    must_have_run = False
 
     def run(self, session: Session) -> Times:
         path = os.path.join(session.directory, 'dump')
@@ -285,19 +276,14 @@ class Dump:
         wall = time.monotonic() - started
         return Times(wall, wall)
 
-    def file_size(self, size: int) -> int:
-        return size + size // 64
-
 
 @dataclass(frozen=True)
-class DirtyRate:
+class DirtyRate(Operation):
     """calc-dirty-rate for one second by page sampling.
 
     pages: to sample in each GiB of RAM.
     """
     pages: int
-    loads = False
-    must_have_run = False
 
     def run(self, session: Session) -> Times:
         source = session.source

@@ -25,14 +25,14 @@ import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 from lab import content
 from lab.ci.cases import Case, add_arguments, run_cases
 from lab.cli import memory_floor, ready, run_main
-from lab.measure.operation import wait_until
+from lab.measure.operation import Session, wait_for_migration
 from lab.memory import MIB
-from lab.migrate import MigrationFailed, configure, watched
+from lab.migrate import configure, watched
 from lab.modes import MODES, POSTCOPY, PRECOPY, Mode
 from lab.outcome import expect
 from lab.qemu import Guest
@@ -214,15 +214,7 @@ def send(binary: str, way: Way, arguments: Tuple[str, ...]) -> Sent:
                   {'max-bandwidth': 1 << 40, **mode.parameters})
 
         guest.qmp('migrate', uri=uri)
-        info: Dict[str, Any] = {}
-
-        def done() -> bool:
-            info.update(guest.query_migrate())
-            if info['status'] in ('failed', 'cancelled'):
-                raise MigrationFailed(info.get('error-desc', info['status']))
-            return bool(info['status'] == 'completed')
-
-        wait_until(done, watchdog)
+        info = wait_for_migration(Session(guest, None, watchdog, directory), guest)
         holes = info['ram'].get('holes')
         if holes:
             expect(guest.ram.allocated() == before,
