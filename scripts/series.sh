@@ -44,9 +44,11 @@ run_git()
         git --git-dir="$repo" "$@"
 }
 
-# Directories that go when the script does.
-scratch()
+# What each script begins with. Sets work, a directory that goes when the script does.
+begin()
 {
+    take_lock
+    mkdir -p "$logs"
     work=$(mktemp -d "${TMPDIR:-/tmp}/sparse-ram.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     index=$work/index
@@ -176,6 +178,16 @@ completes()
         sed -e 's/^Completes://' | tr -s ',[:space:]' '\n' | sed '/^$/d'
 }
 
+# completed ROOT: all files that the patches named on standard input complete, sorted.
+completed()
+{
+    local patch
+
+    while read -r patch; do
+        completes "$1/$patch"
+    done | sort
+}
+
 sign_off()
 {
     if [ -n "${signer_name:-}" ]; then
@@ -260,8 +272,8 @@ check_complete()
 {
     local file
 
-    own_files | comm -23 - <(cd "$top/patches" && for file in "${names[@]}"; do
-                                 completes "$file"; done | sort) >"$work/unknown"
+    own_files | comm -23 - <(printf '%s\n' "${names[@]}" |
+                                 completed "$top/patches") >"$work/unknown"
     read -r file <"$work/unknown" || return 0
     die "$file is in no patch: name it in one, as \"Completes: $file\", or add it" \
         "to a commit of make edit"
