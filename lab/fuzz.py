@@ -31,11 +31,11 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 
 from lab import UserError, host
 from lab.base import BUILD
+from lab.cli import check_binaries, run_main
 from lab.memory import MIB
 from lab.outcome import ending
 from lab.ram import Ram
-from lab.stream import (CONTINUE, DATA, EOS, PAGE, XBZRLE, ZERO, Stream,
-                        StreamError)
+from lab.stream import CONTINUE, DATA, EOS, PAGE, XBZRLE, ZERO, Stream
 
 
 BLOCK = b'mem0'
@@ -347,9 +347,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status."""
-    if not os.access(args.qemu, os.X_OK):
-        raise UserError(f"there is no {args.qemu}: run 'make qemu' first, or "
-                        "name one with --qemu")
+    check_binaries([args.qemu])
     with tempfile.TemporaryDirectory(prefix='fuzz-stream-') as directory:
         if args.corpus:
             count = write_corpus(args.qemu, directory, args.corpus)
@@ -370,14 +368,5 @@ def run(args: argparse.Namespace) -> int:
         return 1 if fuzzer.finding else 0
 
 
-def main() -> int:
-    """Entry point."""
-    try:
-        return run(parse_arguments())
-    except (UserError, StreamError) as err:
-        print(f'fuzz-stream: {err}', file=sys.stderr)
-        return 2
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_main('fuzz-stream', lambda: run(parse_arguments())))

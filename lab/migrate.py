@@ -147,6 +147,15 @@ def run_job(qemu: Qemu, command: str, **arguments: Any) -> None:
         raise MigrationFailed(f'{qemu.name}: {command}: {job["error"]}')
 
 
+def create_qcow2(qemu: Qemu, path: str, size: int) -> Dict[str, Any]:
+    """Make an empty image; returns what blockdev-add takes it with, but its name."""
+    file = {'driver': 'file', 'filename': path}
+    image = {'driver': 'qcow2', 'file': file}
+    run_job(qemu, 'blockdev-create', options={**file, 'size': 0})
+    run_job(qemu, 'blockdev-create', options={**image, 'size': size})
+    return image
+
+
 def settle(guest: Guest, limit: float = 5.0, quiet: float = 0.5) -> None:
     """Wait until the firmware has booted: no allocation for a while."""
     deadline = time.monotonic() + limit

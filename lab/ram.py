@@ -16,8 +16,8 @@ import re
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import (TYPE_CHECKING, Dict, Iterable, Iterator, List, Optional,
-                    Tuple, Union)
+from typing import (TYPE_CHECKING, ContextManager, Dict, Iterable, Iterator, List,
+                    Optional, Tuple, Union)
 
 from lab.host import SHM
 from lab.memory import KIB, MIB, PAGE_SIZE, read_fields
@@ -193,6 +193,15 @@ _HAS_DATA = bytes(bool(top & (_PAGEMAP_SWAPPED | _PAGEMAP_EXCLUSIVE))
 
 # Reading and writing
 
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    """A descriptor, for a with statement."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def pread_all(fd: int, offset: int, length: int) -> bytes:
     """pread() of all of it; a short one means that the guest is gone."""
     parts = []
@@ -319,7 +328,7 @@ class Ram:
     shared: whether it is a shared mapping.
     file_offset: where the block begins in its file.
     huge: whether it is on hugetlbfs.
-    base: where the block begins in the descriptor that open() returns.
+    base: where the block begins in the descriptor that opened() gives.
     """
 
     def __init__(self, pid: int, address: int, size: int):
@@ -377,28 +386,21 @@ class Ram:
                     total += int(line.split()[1]) * KIB
         return total
 
-    def open(self) -> int:
+    @contextmanager
+    def opened(self) -> Iterator[int]:
         """A descriptor on which pread() and pwrite() reach it, from base on."""
-        return self._open_file() if self._is_file else self._open_memory()
+        with self._opened_file() if self._is_file else self._opened_memory() as fd:
+            yield fd
 
-    def _open_memory(self) -> int:
-        return os.open(f'/proc/{self._pid}/mem', os.O_RDWR | os.O_CLOEXEC)
+    def _opened_memory(self) -> 'ContextManager[int]':
+        return _closing(os.open(f'/proc/{self._pid}/mem', os.O_RDWR | os.O_CLOEXEC))
 
-    def _open_file(self) -> int:
+    def _opened_file(self) -> 'ContextManager[int]':
         assert self.path
         # memory-backend-shm lets nobody open its file, but it is ours
         if not os.stat(self.path).st_mode & stat.S_IRUSR:
             os.chmod(self.path, 0o600)
-        return os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-
-    @contextmanager
-    def opened(self) -> Iterator[int]:
-        """open() for a with statement."""
-        fd = self.open()
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return _closing(os.open(self.path, os.O_RDWR | os.O_CLOEXEC))
 
     def _own_extents(self) -> Iterator[Extent]:
         """Pages that the process shares with nobody; also if swapped out."""
@@ -415,15 +417,10 @@ class Ram:
                     yield (done + start) * PAGE_SIZE, (done + end) * PAGE_SIZE
 
     def _file_extents(self) -> List[Extent]:
-        fd = self._open_file()
-        try:
-            return [(max(start - self.file_offset, 0),
-                     stop - self.file_offset)
-                    for start, stop in file_extents(fd,
-                                                    self.file_offset + self.size)
+        with self._opened_file() as fd:
+            return [(max(start - self.file_offset, 0), stop - self.file_offset)
+                    for start, stop in file_extents(fd, self.file_offset + self.size)
                     if stop > self.file_offset]
-        finally:
-            os.close(fd)
 
     def extents(self) -> Iterator[Extent]:
         """Where there are pages, of this process or of the file.
@@ -451,7 +448,7 @@ class Ram:
             return pread_all(fd, self.base + offset, length)
 
     def write(self, offset: int, data: Bytes) -> None:
-        """Write as writer() does, to what open() opens."""
+        """Write all of data at offset."""
         with self.opened() as fd:
             pwrite_all(fd, data, self.base + offset)
 
@@ -463,11 +460,8 @@ class Ram:
         and pages of its own in a private mapping, as if it had written that;
         else to the file.
         """
-        fd = self._open_memory() if in_process else self._open_file()
-        try:
+        with self._opened_memory() if in_process else self._opened_file() as fd:
             yield Writer(fd, self.address if in_process else self.file_offset)
-        finally:
-            os.close(fd)
 
 
 _BLOCK_LINE = re.compile(r'\s*(\S+)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)'
@@ -499,8 +493,6 @@ class Sample:
     rss: int
     rss_peak: int
     rss_anon: int
-    rss_file: int
-    rss_shmem: int
     page_tables: int
 
 
@@ -511,8 +503,6 @@ def sample(pid: int, ram: Ram) -> Sample:
                   rss=status['VmRSS'],
                   rss_peak=status['VmHWM'],
                   rss_anon=status['RssAnon'],
-                  rss_file=status['RssFile'],
-                  rss_shmem=status['RssShmem'],
                   page_tables=status['VmPTE'])
 
 

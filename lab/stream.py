@@ -10,6 +10,8 @@ import struct
 import zlib
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from lab import UserError
+
 # See migration/savevm.h and migration/ram.h
 SECTION_START, SECTION_PART, SECTION_END = 1, 2, 3
 COMMAND = 8
@@ -21,7 +23,7 @@ RAM_HEADER = b'\x03ram' + struct.pack('>II', 0, 4)
 PAGE = 4096
 
 
-class StreamError(Exception):
+class StreamError(UserError):
     """A stream that is not what is known about the format."""
 
 

@@ -17,7 +17,8 @@ from lab import content
 from lab.measure.ping import Pinger
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import (MigrationAborted, MigrationFailed, Watchdog,
-                         configure, listen, run_job, watched, why_failed)
+                         configure, create_qcow2, listen, run_job, watched,
+                         why_failed)
 from lab.modes import PRECOPY, Mode
 from lab.qemu import Guest
 from lab.qtest_client import Qtest
@@ -243,15 +244,8 @@ class InternalSnapshot(Operation):
         path = os.path.join(session.directory, 'disk')
         snapshot = {'tag': 'snapshot', 'vmstate': 'disk', 'devices': ['disk']}
 
-        run_job(guest, 'blockdev-create', options={
-            'driver': 'file', 'filename': path, 'size': 0})
-        guest.qmp('blockdev-add', driver='file', filename=path,
-                  **{'node-name': 'file'})
-        run_job(guest, 'blockdev-create', options={
-            'driver': 'qcow2', 'file': 'file', 'size': 1 << 20})
-        guest.qmp('blockdev-add', driver='qcow2', file='file',
+        guest.qmp('blockdev-add', **create_qcow2(guest, path, MIB),
                   **{'node-name': 'disk'})
-
         started = time.monotonic()
         run_job(guest, 'snapshot-save', **snapshot)
         saved = time.monotonic()

@@ -28,7 +28,8 @@ from lab.ci.cases import Case, add_arguments, run_cases
 from lab.cli import memory_floor, ready, run_main
 from lab.measure.operation import Migrate, Session
 from lab.memory import MIB, PAGE_SIZE
-from lab.migrate import MigrationFailed, configure, settle, watched
+from lab.migrate import (MigrationFailed, clear_capabilities, configure, settle,
+                         watched)
 from lab.modes import MODES, MULTIFD, POSTCOPY, PRECOPY, PREEMPT, Mode
 from lab.outcome import Unavailable, Wrong, expect
 from lab.qemu import Guest, GuestError, pick_accelerator
@@ -330,8 +331,7 @@ def refuse(rig: Rig, qemu: str, machine: str) -> None:
                 status = source.status()
                 expect(status in ('prelaunch', 'paused'),
                        f'the source is {status}')
-                source.qmp('migrate-set-capabilities', capabilities=[
-                    {'capability': 'sparse-ram', 'state': False}])
+                clear_capabilities(source)
         check_content(source, destination)
         check_allocation('source', source.ram, before)
 

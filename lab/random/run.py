@@ -11,11 +11,11 @@ import time
 import traceback
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 from lab import UserError, host
 from lab.memory import MIB, available
-from lab.migrate import MigrationFailed, listen, run_job, watched
+from lab.migrate import MigrationFailed, create_qcow2, listen, run_job, watched
 from lab.modes import TCP
 from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
 from lab.qemu import GuestError
@@ -143,17 +143,11 @@ class Migration:
     # An internal snapshot
 
     def _internal_snapshot(self) -> None:
-        image = {'driver': 'file', 'filename': f'{self._directory}/disk'}
         source, destination = self.source.qemu, self.destination.qemu
-        creations: Tuple[Dict[str, Any], ...] = (
-            {**image, 'size': 0},
-            {'driver': 'qcow2', 'file': image, 'size': MIB})
-        for options in creations:
-            run_job(source, 'blockdev-create', options=options)
-        disk = {'driver': 'qcow2', 'node-name': _DISK, 'file': image}
+        image = create_qcow2(source, f'{self._directory}/disk', MIB)
         for qemu, command in ((source, 'snapshot-save'),
                               (destination, 'snapshot-load')):
-            qemu.qmp('blockdev-add', **disk)
+            qemu.qmp('blockdev-add', **image, **{'node-name': _DISK})
             self._say(f'{qemu.name}: {command}')
             run_job(qemu, command, tag=_TAG, vmstate=_DISK, devices=[_DISK])
             # Else it is locked, or what is cached of it is old

@@ -323,7 +323,7 @@ class Process(unittest.TestCase):
 
     def test_growth_is_of_the_file_or_else_of_the_process(self):
         for allocated, now, growth in ((None, None, 7), (100, 103, 3)):
-            before = Sample(allocated, 0, 0, 10, 0, 0, 0)
+            before = Sample(allocated, 0, 0, 10, 0)
             after = replace(before, allocated=now, rss_anon=17)
             self.assertEqual(operation.ram_growth(before, after), growth)
 

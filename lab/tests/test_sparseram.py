@@ -25,7 +25,7 @@ def anonymous_ram(test: unittest.TestCase, size: int):
 
 
 def sample(allocated=None, rss=0) -> Sample:
-    return Sample(allocated, rss, rss, 0, 0, 0, 0)
+    return Sample(allocated, rss, rss, 0, 0)
 
 
 def result(before, after, source=64 * MIB, differing=0) -> Result:
