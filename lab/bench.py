@@ -27,8 +27,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from lab import UserError, host, memory
 from lab.base import ROOT
-from lab.cli import (add_qemu_arguments, guest_size, memory_floor, ready,
-                     run_main, say)
+from lab.cli import add_qemu_arguments, guest_size, memory_floor, ready, run_main, say
 from lab.host import SHM
 from lab.measure import report, summary
 from lab.measure.operation import MeasureConfig, Measurement, measure
@@ -78,8 +77,7 @@ def parse_args() -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f'{text} is not 1 or more')
         return int(text)
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n', 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n', 1)[0])
     add_qemu_arguments(parser)
     parser.add_argument('--list', action='store_true',
                         help='print the rows, measure nothing')
@@ -131,8 +129,7 @@ def busy_cpus(seconds: float) -> float:
 
     before = idle_and_all()
     time.sleep(seconds)
-    idle, everything = (after - start for after, start
-                        in zip(idle_and_all(), before))
+    idle, everything = (after - start for after, start in zip(idle_and_all(), before))
     cpus = os.cpu_count() or 1
     return cpus * (1 - idle / everything) if everything else 0.0
 
@@ -173,8 +170,7 @@ class Limits:
         """What is too little for both guests to fill up and every page to go
         to the file; a sentence's beginning, or None if all is well.
         """
-        backends = {backend for variant in row.variants
-                    for backend in variant.backends}
+        backends = {backend for variant in row.variants for backend in variant.backends}
         on_disk = row.operation.file_size(size)
         if 'other-file' in backends:
             on_disk += 2 * size
@@ -256,8 +252,7 @@ class Bench:
 
     def measure_row(self, row: Row) -> RowResult:
         """Measure both variants in turns."""
-        wanted = (self.args.size if row.guest == IDLE
-                  else self.args.full_size)
+        wanted = (self.args.size if row.guest == IDLE else self.args.full_size)
         limits = Limits.now(self.args.directory, self.floor)
         size = memory.halve_until(min(wanted, row.largest or wanted),
                                   lambda size: not limits.shortage(row, size))
@@ -363,20 +358,16 @@ def print_report(bench: Bench) -> List[summary.Verdict]:
     """The tables; returns the verdicts."""
     measured = [result for result in bench.results if result.runs]
     harmless = [result for result in measured if result.row in HARMLESS]
-    speed = [result for result in measured
-             if result.row in SPEED + SCATTERED]
-    growth = [result for result in measured
-              if result not in harmless + speed]
-    verdicts = [verdict for result in measured
-                for verdict in summary.judge(result)]
+    speed = [result for result in measured if result.row in SPEED + SCATTERED]
+    growth = [result for result in measured if result not in harmless + speed]
+    verdicts = [verdict for result in measured for verdict in summary.judge(result)]
     parts = [headline(bench)] if bench.versions else []
     if growth:
         parts += ['Growth of an idle guest:', summary.growth_table(growth)]
     if speed:
         parts += ['Time of precopy over tcp:', summary.speed_table(speed)]
     if harmless:
-        parts += ['Guests that have nothing to gain:',
-                  summary.harmless_table(harmless)]
+        parts += ['Guests that have nothing to gain:', summary.harmless_table(harmless)]
     if verdicts:
         parts += ['Targets:', summary.targets_table(verdicts)]
     if growth or speed:
@@ -422,8 +413,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         os.makedirs(args.directory, exist_ok=True)
     except OSError as err:
-        raise UserError(
-            f'cannot make {args.directory}: {err.strerror}') from err
+        raise UserError(f'cannot make {args.directory}: {err.strerror}') from err
 
     if not os.access(args.directory, os.W_OK | os.X_OK):
         raise UserError(f'cannot write to {args.directory}')

@@ -39,8 +39,7 @@ _V2 = _Files('memory.max', 'memory.current', 'memory.peak', 'memory.events',
              'memory.swap.max', 0)
 
 
-def parse_own(text: str,
-              controller: str = 'memory') -> Optional[Tuple[bool, str]]:
+def parse_own(text: str, controller: str = 'memory') -> Optional[Tuple[bool, str]]:
     """Of /proc/self/cgroup: the cgroup that limits memory, or what else the
     controller is for, and whether it is of version 2.
     """
@@ -97,8 +96,7 @@ def own_directories(controller: str) -> Tuple[bool, List[str]]:
     """
     try:
         own = parse_own(_read('/proc/self/cgroup'), controller)
-        mount = own and parse_mount(_read('/proc/self/mountinfo'), own[0],
-                                    controller)
+        mount = own and parse_mount(_read('/proc/self/mountinfo'), own[0], controller)
     except OSError:
         own = mount = None
     if not own or not mount:
@@ -180,8 +178,7 @@ class Cgroup:
         _write(f'{self._path}/{files.limit}', self.limit)
         swap = f'{self._path}/{files.swap}'
         if os.path.exists(swap):        # not without swap in the kernel
-            _write(swap, self.limit if files.swap_value is None
-                   else files.swap_value)
+            _write(swap, self.limit if files.swap_value is None else files.swap_value)
 
     def _try(self) -> None:
         """Raise OSError unless a process of this user may be moved there."""

@@ -75,8 +75,7 @@ def add_size_arguments(parser: argparse.ArgumentParser, size: int,
 
 def check_binaries(paths: Iterable[Optional[str]]) -> None:
     """Raise UserError unless all the binaries are there."""
-    missing = [path for path in paths
-               if path and not os.access(path, os.X_OK)]
+    missing = [path for path in paths if path and not os.access(path, os.X_OK)]
     if missing:
         raise UserError(f"there is no {' and no '.join(missing)}: "
                         "run 'make qemu stock' first")

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator, List, Optional, Tuple
 
 from lab.memory import KIB, MIB, PAGE_SIZE
-from lab.ram import (Extent, Ram, merge_extents, pread_all, pwrite_all,
-                     without)
+from lab.ram import Extent, Ram, merge_extents, pread_all, pwrite_all, without
 
 # With data, populated zeroes and holes
 
@@ -167,8 +166,7 @@ def data_layout(size: int, amount: int) -> List[Extent]:
     overlapping; less than amount if RAM is too small for that.
     """
     amount = min(amount, size // 2)
-    single = min(_SINGLE_PAGES, size // _SINGLE_PAGE_DISTANCE,
-                 amount // PAGE_SIZE)
+    single = min(_SINGLE_PAGES, size // _SINGLE_PAGE_DISTANCE, amount // PAGE_SIZE)
     run = (amount // PAGE_SIZE - single) * PAGE_SIZE
     middle = size // 2 // PAGE_SIZE * PAGE_SIZE
     layout = [(middle, middle + run)] if run else []
@@ -208,8 +206,7 @@ def _numbered(block: bytearray, first: int) -> bytearray:
     """Number the pages of block from first on, in their first bytes."""
     words = memoryview(block).cast('Q')
     count = len(block) // PAGE_SIZE
-    words[::PAGE_SIZE // _WORD] = memoryview(
-        array('Q', range(first, first + count)))
+    words[::PAGE_SIZE // _WORD] = memoryview(array('Q', range(first, first + count)))
     return block
 
 
@@ -228,8 +225,7 @@ def fill(ram: Ram, step: int = 1) -> int:
         for offset in range(0, ram.size, len(noise)):
             length = min(len(noise), ram.size - offset)
             view = memoryview(_numbered(block, 1 + offset // PAGE_SIZE))
-            written += _pwrite_pages(fd, view[:length], ram.base + offset,
-                                     step)
+            written += _pwrite_pages(fd, view[:length], ram.base + offset, step)
     return written
 
 
@@ -255,14 +251,12 @@ def scatter(ram: Ram, amount: int) -> int:
     written = 0
     with ram.opened() as fd:
         for first in range(0, count, per_block):
-            view = memoryview(_numbered(block,
-                                        1 + first * EXTENT // PAGE_SIZE))
+            view = memoryview(_numbered(block, 1 + first * EXTENT // PAGE_SIZE))
             for number in range(first, min(first + per_block, count)):
                 at = (number - first) * EXTENT
                 where = (number * distance +
                          places.randrange(distance // EXTENT) * EXTENT)
-                written += pwrite_all(fd, view[at:at + EXTENT],
-                                      ram.base + where)
+                written += pwrite_all(fd, view[at:at + EXTENT], ram.base + where)
     return written
 
 

@@ -34,8 +34,7 @@ PRESSURE_ALLOWANCE = 256 * MIB
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n', 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n', 1)[0])
     add_qemu_arguments(parser)
     add_size_arguments(parser, 256 * GIB, 4 * GIB)
     return parser.parse_args()
@@ -88,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
               f'{format_size(PRESSURE_ALLOWANCE)}:')
         print()
         print(report.pressure_table(pressures))
-    return max(int(len(results) < len(todo)), judge(results),
-               judge_pressure(pressures))
+    return max(int(len(results) < len(todo)), judge(results), judge_pressure(pressures))
 
 
 def migrate_all(todo: Dict[str, MigrateConfig]) -> Dict[str, Result]:
@@ -124,8 +122,7 @@ def try_pressure(configs: Dict[str, MigrateConfig]) -> Dict[str, Pressure]:
 def judge_pressure(pressures: Dict[str, Pressure]) -> int:
     """Say what is wrong; returns the exit status."""
     patched = pressures.get('patched')
-    if not patched or (patched.result
-                       and patched.result.comparison.identical):
+    if not patched or (patched.result and patched.result.comparison.identical):
         return 0
     say_failed('patched: with a limit of '
                f'{report.mib(patched.limit)} MiB the destination '

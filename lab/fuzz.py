@@ -121,8 +121,7 @@ class Qemu:
         for message in self.messages():
             if 'error' in message:
                 raise UserError(f"QEMU: {message['error']['desc']}")
-            status = (message.get('data') or message.get('return')
-                      or {}).get('status')
+            status = (message.get('data') or message.get('return') or {}).get('status')
             if status in ('completed', 'failed'):
                 return status == 'completed'
         return None
@@ -300,8 +299,7 @@ def seeds(stream: Stream, sparse: bool) -> Iterator[bytes]:
     for block in (BLOCK, b'fuzz.anon', b'fuzz.resizeable'):
         old, new = (bytes([len(name)]) + name for name in (BLOCK, block))
         # All of it, and each kind of record on its own
-        for records in [stream.records] + [[each] for each in
-                                           stream.records[:8]]:
+        for records in [stream.records] + [[each] for each in stream.records[:8]]:
             data = b''.join(records)
             if block == BLOCK:
                 data = setup + data
@@ -354,8 +352,7 @@ def run(args: argparse.Namespace) -> int:
             print(f'{count} seeds in {args.corpus}')
             return 0
         if args.replay:
-            what = check(args.qemu, args.replay,
-                         not args.replay.endswith('-off'))
+            what = check(args.qemu, args.replay, not args.replay.endswith('-off'))
             print(what or 'nothing is wrong')
             return 1 if what else 0
         print(f'seed {args.seed}', flush=True)

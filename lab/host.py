@@ -108,8 +108,7 @@ def locked_huge_pages(needed: int) -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(OSError):
-            lock = os.open(_HUGE_PAGES,
-                           os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            lock = os.open(_HUGE_PAGES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
         if free_huge_pages() < needed:

@@ -8,8 +8,7 @@ from collections import Counter
 from concurrent.futures import (FIRST_COMPLETED, Future, ProcessPoolExecutor,
                                 ThreadPoolExecutor, wait)
 from itertools import islice
-from typing import (Any, Callable, Iterable, Iterator, List, Optional, Set,
-                    TypeVar)
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Set, TypeVar
 
 from lab import host, memory
 from lab.memory import GIB
@@ -41,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, what: Any) -> None:
                              'memory allow)')
     parser.add_argument('--tap', action='store_true',
                         help='print a line of TAP for each case')
-    parser.add_argument('--verbose', action='store_true',
-                        help='print what is done')
+    parser.add_argument('--verbose', action='store_true', help='print what is done')
 
 
 def within(tasks: Iterable[_Task], seconds: Optional[float]) -> Iterator[_Task]:

@@ -41,8 +41,7 @@ _NO_LIMIT = 1 << 60
 # for files, which the kernel takes back before it refuses anything
 _CGROUP_V1 = ('memory.limit_in_bytes', 'memory.usage_in_bytes',
               ('total_active_file', 'total_inactive_file'))
-_CGROUP_V2 = ('memory.max', 'memory.current',
-              ('active_file', 'inactive_file'))
+_CGROUP_V2 = ('memory.max', 'memory.current', ('active_file', 'inactive_file'))
 
 
 def cgroup_headroom(directory: str, version_2: bool) -> Optional[int]:
@@ -57,8 +56,7 @@ def cgroup_headroom(directory: str, version_2: bool) -> Optional[int]:
         most = int(read(limit))
         if most >= _NO_LIMIT:
             return None
-        statistics = dict(line.split() for line
-                          in read('memory.stat').splitlines())
+        statistics = dict(line.split() for line in read('memory.stat').splitlines())
         cache = sum(int(statistics[name]) for name in of_files)
         return most - max(0, int(read(usage)) - cache)
     except (OSError, ValueError, KeyError):     # no such file, or "max"

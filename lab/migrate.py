@@ -4,8 +4,7 @@
 import threading
 import time
 from contextlib import contextmanager
-from typing import (Any, Callable, Dict, Iterable, Iterator, Optional,
-                    Sequence)
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence
 
 from lab import memory
 from lab.memory import MIB
@@ -68,16 +67,14 @@ class Watchdog:
             if self._stop.wait(_WATCH_INTERVAL):
                 return
         deadline = time.monotonic() + _CANCEL_GRACE
-        while (time.monotonic() < deadline
-               and self._available() > self._floor // 2):
+        while (time.monotonic() < deadline and self._available() > self._floor // 2):
             if self._stop.wait(_WATCH_INTERVAL):
                 return
         self._kill()
 
 
 @contextmanager
-def watched(guests: Sequence[Qemu], floor: int,
-            timeout: float) -> Iterator[Watchdog]:
+def watched(guests: Sequence[Qemu], floor: int, timeout: float) -> Iterator[Watchdog]:
     """Watch over all guests; what fails after it tripped was its doing.
 
     floor, timeout: as for Watchdog.

@@ -83,8 +83,7 @@ set key right center
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n', 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n', 1)[0])
     add_qemu_arguments(parser)
     parser.add_argument('--draw', action='store_true',
                         help='measure nothing: draw the CSV files that are '
@@ -111,8 +110,7 @@ class Plot:
         """The file with the values."""
         return f'{self._base}.csv'
 
-    def write(self, rows: Sequence[Sequence[object]],
-              comments: Sequence[str]) -> None:
+    def write(self, rows: Sequence[Sequence[object]], comments: Sequence[str]) -> None:
         """Replace the values."""
         with open(self.csv, 'w', encoding='utf-8') as file:
             for line in (report.LICENCE, *comments, self._columns):
@@ -212,16 +210,14 @@ class Watched(Operation):
         def look() -> None:
             while not stop.wait(RSS_INTERVAL):
                 source, destination = (guest.sample().rss for guest in guests)
-                self.samples.append((time.monotonic() - began, source,
-                                     destination))
+                self.samples.append((time.monotonic() - began, source, destination))
 
         thread = threading.Thread(target=look)
         thread.start()
         try:
             time.sleep(RSS_LEAD)
             times = self._operation.run(session)
-            time.sleep(max(RSS_TAIL, began + self._seconds
-                           - time.monotonic()))
+            time.sleep(max(RSS_TAIL, began + self._seconds - time.monotonic()))
         finally:
             stop.set()
             thread.join()
@@ -274,8 +270,7 @@ class Plotter:
         self._rss = Plot(args.directory, 'sparse-ram-rss',
                          'series,seconds since the start,RSS in MiB')
 
-    def _measure(self, operation: Operation, series: Series,
-                 size: int) -> float:
+    def _measure(self, operation: Operation, series: Series, size: int) -> float:
         """Returns seconds."""
         done = measure(operation, MeasureConfig(
             binary=getattr(self._args, series[1]), size=size,

@@ -277,8 +277,7 @@ class Guest(Qemu):
 
     def _start(self) -> None:
         super()._start()
-        self.ram = Ram.of(self.pid, self._size,
-                          KINDS[self._backend].fs is not None)
+        self.ram = Ram.of(self.pid, self._size, KINDS[self._backend].fs is not None)
 
     def describe(self) -> str:
         return f'{super().describe()} with {format_size(self._size)} of RAM'

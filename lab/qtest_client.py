@@ -59,5 +59,4 @@ class Qtest:
 
     def read(self, address: int, length: int) -> bytes:
         """As if a CPU had loaded it."""
-        return bytes.fromhex(
-            self.commands([f'read {address:#x} {length:#x}'])[0][2:])
+        return bytes.fromhex(self.commands([f'read {address:#x} {length:#x}'])[0][2:])

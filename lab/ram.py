@@ -64,8 +64,7 @@ class Kind:
         """
         return self.holes_known and 'memory-backend-file' not in self.options
 
-    def object(self, name: str, size: int, file: str = '',
-               reserve: bool = True) -> str:
+    def object(self, name: str, size: int, file: str = '', reserve: bool = True) -> str:
         """The value of -object.
 
         file: the one that was made before.
@@ -116,8 +115,7 @@ KINDS = {
 
 # Extents
 
-def merge_extents(one: Iterable[Extent],
-                  other: Iterable[Extent]) -> List[Extent]:
+def merge_extents(one: Iterable[Extent], other: Iterable[Extent]) -> List[Extent]:
     """Everything that is in either; sorted, neither touching nor overlapping.
     """
     merged: List[Extent] = []
@@ -129,8 +127,7 @@ def merge_extents(one: Iterable[Extent],
     return merged
 
 
-def without(extents: Iterable[Extent],
-            taken: Iterable[Extent]) -> Iterator[Extent]:
+def without(extents: Iterable[Extent], taken: Iterable[Extent]) -> Iterator[Extent]:
     """What is left of extents when the taken ones are cut out."""
     taken = merge_extents(taken, ())
     for start, end in extents:
@@ -281,8 +278,7 @@ class Mapping:
     @classmethod
     def all_of(cls, pid: int) -> Iterator['Mapping']:
         """Those of a process."""
-        with open(f'/proc/{pid}/maps', encoding='utf-8',
-                  errors='replace') as lines:
+        with open(f'/proc/{pid}/maps', encoding='utf-8', errors='replace') as lines:
             yield from map(cls.parse, lines)
 
     @property
@@ -343,8 +339,7 @@ class Ram:
         self.shared = mapping.shared
         self.file_offset = mapping.offset + address - mapping.start
         self.path = _path_of(pid, mapping)
-        self.huge = bool(self.path) and \
-            os.statvfs(str(self.path)).f_bsize >= HUGE_PAGE
+        self.huge = bool(self.path) and os.statvfs(str(self.path)).f_bsize >= HUGE_PAGE
         self.base = self.file_offset if self._is_file else address
 
     @classmethod
@@ -433,8 +428,7 @@ class Ram:
         elif self.path is None:
             yield from self._own_extents()
         else:
-            yield from merge_extents(self._own_extents(),
-                                     self._file_extents())
+            yield from merge_extents(self._own_extents(), self._file_extents())
 
     def read(self, offset: int = 0, length: Optional[int] = None) -> bytes:
         """Its content, to its end if there is no length.

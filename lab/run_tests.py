@@ -223,8 +223,7 @@ def qemu(report: Report) -> None:
     accelerator = Accelerator()
     print(f'# accelerator of live guests: {accelerator.description}')
     program = MigrationTest('./qemu-system-x86_64', accelerator, report)
-    upstream = [path for path in program.list()
-                if not path.startswith(OWN_TESTS)]
+    upstream = [path for path in program.list() if not path.startswith(OWN_TESTS)]
     if not any('/postcopy/' in path for path in upstream):
         print('# userfaultfd is not to be had here, so migration-test has no'
               ' postcopy tests')
@@ -239,8 +238,7 @@ def qemu(report: Report) -> None:
             found.add(test['name'])
             run_meson_test('qemu', test, report, {})
     for name in sorted(ours - found):
-        report.add('qemu', Outcome(name, FAILED,
-                                   "not among the tests of QEMU's tree"))
+        report.add('qemu', Outcome(name, FAILED, "not among the tests of QEMU's tree"))
 
 
 def fuzz(report: Report) -> None:
@@ -266,8 +264,7 @@ def run_rig(suite: str, program: str, report: Report, *options: str) -> None:
             timeout=RIG_TIMEOUT, cwd=ROOT, progress=report.progress)
 
 
-def random_must_fail(report: Report, sabotage: str,
-                     *complaints: str) -> None:
+def random_must_fail(report: Report, sabotage: str, *complaints: str) -> None:
     """Runs cases with a promise broken: who notices, and as what?"""
     began = time.monotonic()
     name = f'broken on purpose, {sabotage}'
@@ -280,8 +277,7 @@ def random_must_fail(report: Report, sabotage: str,
     with open(path, encoding='utf-8', errors='replace') as log:
         said = log.read()
     unsaid = [text for text in complaints if text not in said]
-    failed = sum(outcome.status == FAILED and outcome.reported
-                 for outcome in outcomes)
+    failed = sum(outcome.status == FAILED and outcome.reported for outcome in outcomes)
     reason = (f'no case complains: {unsaid[0]}' if unsaid else
               f'{failed} of {len(outcomes)} cases fail, as they must')
     report.add('random', Outcome(name, FAILED if unsaid else PASSED, reason,
@@ -305,15 +301,12 @@ def random_long(report: Report) -> None:
 
 def guests_long(report: Report) -> None:
     """A guest that writes all the time, in all modes; half an hour and more."""
-    program = MigrationTest('./qemu-system-x86_64', None, report,
-                            ['--full'])
-    tests = [path for path in program.list()
-             if path.startswith(LONG_GUEST_TESTS)]
+    program = MigrationTest('./qemu-system-x86_64', None, report, ['--full'])
+    tests = [path for path in program.list() if path.startswith(LONG_GUEST_TESTS)]
     for name, reason in (('tcg', 'this QEMU has no TCG'),
                          ('kvm', 'there is no usable /dev/kvm'),
                          ('kvm-ring', 'this KVM has no dirty rings')):
-        if not any(path.startswith(f'{LONG_GUEST_TESTS}{name}/')
-                   for path in tests):
+        if not any(path.startswith(f'{LONG_GUEST_TESTS}{name}/') for path in tests):
             report.add('guests-long', Outcome(f'{LONG_GUEST_TESTS}{name}',
                                               SKIPPED, reason))
     program.run('guests-long', tests, len(tests) or 1,
@@ -322,14 +315,12 @@ def guests_long(report: Report) -> None:
 
 def real_guest(report: Report) -> None:
     """Linux with a load, migrated back and forth; some minutes."""
-    run_logged('real-guest', 'real-guest', report, rig_command('real-guest'),
-               tell=True)
+    run_logged('real-guest', 'real-guest', report, rig_command('real-guest'), tell=True)
 
 
 def faults(report: Report) -> None:
     """Migrations that fail in ways that are always the same."""
-    run_rig('faults', 'faults', report, '--tap', '--fixed', '--jobs',
-            str(job_count()))
+    run_rig('faults', 'faults', report, '--tap', '--fixed', '--jobs', str(job_count()))
 
 
 def faults_long(report: Report) -> None:

@@ -236,8 +236,7 @@ def difference(one: Stream, other: Stream) -> Optional[str]:
     """
     # A section that is not the last one has another type than that
     heads = one.head[:-5], other.head[:-5]
-    for where, left, right in (('before', *heads),
-                               ('after', one.tail, other.tail)):
+    for where, left, right in (('before', *heads), ('after', one.tail, other.tail)):
         byte = first_difference(left, right)
         if byte is not None:
             return (f'byte {byte} of {len(left)} and {len(right)} {where} the '

@@ -27,10 +27,8 @@ class Case:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which cases to run, with which QEMUs."""
     add_qemu_arguments(parser)
-    parser.add_argument('--quick', action='store_true',
-                        help='run a few cases only')
-    parser.add_argument('--list', action='store_true',
-                        help='list the cases, and end')
+    parser.add_argument('--quick', action='store_true', help='run a few cases only')
+    parser.add_argument('--list', action='store_true', help='list the cases, and end')
     parser.add_argument('case', nargs='*', metavar='CASE',
                         help="cases to run; a pattern as the shell's for "
                              'files (default: all)')

@@ -168,8 +168,7 @@ def run_migration_tests(program: MigrationTest, step: int,
 class Step:
     """One step of the series."""
 
-    def __init__(self, number: int, accelerator: Accelerator,
-                 quick: bool) -> None:
+    def __init__(self, number: int, accelerator: Accelerator, quick: bool) -> None:
         self.number = number
         self.accelerator = accelerator
         self.quick = quick
@@ -180,16 +179,14 @@ class Step:
         self.failed: List[Outcome] = []
 
     def _count(self, outcomes: List[Outcome]) -> str:
-        self.failed += [outcome for outcome in outcomes
-                        if outcome.status == FAILED]
+        self.failed += [outcome for outcome in outcomes if outcome.status == FAILED]
         if not outcomes:
             return '-'
         words = ((PASSED, 'ok'), (FAILED, 'FAILED'), (SKIPPED, 'skipped'),
                  (FILLED, 'filled'))
         numbers = ((sum(outcome.status == status for outcome in outcomes), word)
                    for status, word in words)
-        return ', '.join(f'{number} {word}' for number, word in numbers
-                         if number)
+        return ', '.join(f'{number} {word}' for number, word in numbers if number)
 
     def check_out(self) -> None:
         """Puts the files of the step in place."""
@@ -209,16 +206,14 @@ class Step:
         if same:
             yield from [f'as step {same}'] * 3
             return
-        program = MigrationTest('./qemu-system-x86_64', self.accelerator,
-                                build=BUILD)
+        program = MigrationTest('./qemu-system-x86_64', self.accelerator, build=BUILD)
         there = program.list()
         wanted = [path for path in QEMU_TESTS if path in there]
         if len(wanted) < len(QEMU_TESTS):
             print(f'    not among the tests here: '
                   f'{" ".join(sorted(set(QEMU_TESTS) - set(wanted)))}')
         yield self._count(run_migration_tests(program, self.number, wanted))
-        writer = MigrationTest(f'{BUILD}/qemu-system-x86_64',
-                               self.accelerator)
+        writer = MigrationTest(f'{BUILD}/qemu-system-x86_64', self.accelerator)
         outcomes = run_migration_tests(writer, self.number, list(WRITER_TESTS))
         own = [path for path in there if path.startswith(OWN_TESTS)]
         for outcome in outcomes:
@@ -300,8 +295,7 @@ def main() -> int:
     last = len(steps()) - 1
     numbers = parse_steps(args.steps, last)
     if args.topic:
-        numbers = [number for number in numbers
-                   if topic_of(number) == args.topic]
+        numbers = [number for number in numbers if topic_of(number) == args.topic]
         if not numbers:
             sys.exit(f'check-series: no step has the topic {args.topic}; '
                      'patches/topics lists them')

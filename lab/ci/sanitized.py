@@ -36,8 +36,7 @@ SANITIZERS: Dict[str, Tuple[Tuple[str, ...], Dict[str, str]]] = {
                         'log_path={}/tsan'})}
 
 
-def sanitized_tests(suite: str, program: MigrationTest,
-                    report: Report) -> List[str]:
+def sanitized_tests(suite: str, program: MigrationTest, report: Report) -> List[str]:
     """Which tests to run with a sanitizer."""
     wanted = []
     for path in program.list():

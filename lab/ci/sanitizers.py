@@ -208,16 +208,14 @@ class Verdict:
     listed: Dict[str, int]
 
 
-def judge(reports: Sequence[Report], ownership: Ownership,
-          known: Listed) -> Verdict:
+def judge(reports: Sequence[Report], ownership: Ownership, known: Listed) -> Verdict:
     """Tell ours from QEMU's."""
     verdict = Verdict({}, {}, {})
     for report in reports:
         if ownership.has(report) and not known.has_race(report):
             verdict.ours.setdefault(report.where, report)
         elif known.has(report):
-            verdict.listed[report.where] = verdict.listed.get(report.where,
-                                                              0) + 1
+            verdict.listed[report.where] = verdict.listed.get(report.where, 0) + 1
         else:
             verdict.unlisted.setdefault(report.where, report)
     return verdict

@@ -86,8 +86,7 @@ def style(report: Report) -> None:
 
     for path in tools:
         if 'sh' in first_line(path).partition('#!')[2] or path.endswith('.sh'):
-            check_if_installed(f'shellcheck {shown(path)}',
-                               ['shellcheck', '-x', path])
+            check_if_installed(f'shellcheck {shown(path)}', ['shellcheck', '-x', path])
     check_command('awk', ['scripts/check-awk', 'Makefile',
                           *(shown(path) for path in tools
                             if 'sh' in first_line(path).partition('#!')[2]

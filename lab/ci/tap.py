@@ -25,8 +25,7 @@ DIRECTIVE = re.compile(r'(skip|todo)\S*\s*(.*)', re.IGNORECASE)
 # What a test program says can be behind what a QEMU has begun to say, which it
 # writes in pieces and to the same file
 BEHIND = re.compile(r'(?:(?:not )?ok \d+ /|Bail out!|1\.\.\d+$).*')
-PLAN = re.compile(r'1\.\.(\d+)\s*(?:#\s*(?:skip\S*\s*)?(.*))?$',
-                  re.IGNORECASE)
+PLAN = re.compile(r'1\.\.(\d+)\s*(?:#\s*(?:skip\S*\s*)?(.*))?$', re.IGNORECASE)
 
 
 class Parser:

@@ -52,8 +52,7 @@ def parse_args() -> argparse.Namespace:
                         choices=list(cases.MODES), help='only this mode')
     parser.add_argument('--name', help='of --fixed, only those whose names '
                                        'contain this')
-    parser.add_argument('--repeat', type=int, default=1,
-                        help='each case so many times')
+    parser.add_argument('--repeat', type=int, default=1, help='each case so many times')
     parser.add_argument('--library', metavar='FILE',
                         default=f'{BUILD}/rig/fail-calls.so',
                         help='what lets system calls fail')
@@ -77,8 +76,7 @@ def chosen(args: argparse.Namespace) -> Iterator[Named]:
     if args.seed is not None:
         seeds: Iterable[int] = [args.seed]
     elif args.fixed:
-        return (each for each in cases.fixed()
-                if not args.name or args.name in each[0])
+        return (each for each in cases.fixed() if not args.name or args.name in each[0])
     else:
         cli.say(f'faults: --first {args.first}')
         if args.live is not None:

@@ -192,8 +192,7 @@ class Attempt:
         case = self._case
         if case.how.postcopy:
             self._drive_postcopy()
-        if self._acted or case.moment is None or \
-                case.fault in ('truncate', 'pause'):
+        if self._acted or case.moment is None or case.fault in ('truncate', 'pause'):
             return
         if case.fault == 'kill-destination' and case.how.file:
             return
@@ -249,8 +248,7 @@ class Attempt:
         return os.path.join(self._directory, name)
 
     def _uri(self, name: str) -> str:
-        return (f'unix:{self._path(name)}' if self._case.transport == 'unix'
-                else TCP)
+        return (f'unix:{self._path(name)}' if self._case.transport == 'unix' else TCP)
 
     def _through_network(self) -> None:
         case = self._case
@@ -288,8 +286,7 @@ class Attempt:
         else:
             proxy.hold_at('fault', position)
 
-    def _network_is_done(self, source: str, destination: str) \
-            -> Optional[bool]:
+    def _network_is_done(self, source: str, destination: str) -> Optional[bool]:
         """True, False, or None: if it stays like that."""
         if source in _SOURCE_DONE and destination in _DESTINATION_DONE:
             return True
@@ -302,8 +299,7 @@ class Attempt:
             return None                 # it may wait for ever
         if source == 'cancelling' and not has_migration_thread(self._source):
             return None
-        if source in _SOURCE_DONE and \
-                destination in ('none', 'setup', _PAUSED):
+        if source in _SOURCE_DONE and destination in ('none', 'setup', _PAUSED):
             return None
         if source == destination == _PAUSED:
             if self._case.fault == 'held' and not self._held:
@@ -331,8 +327,7 @@ class Attempt:
                     self._source.qmp('migrate-start-postcopy')
             self._switched = True
             self._proxy.release()
-        if ending.destination == 'postcopy-active' and case.peeks and \
-                not self.peekers:
+        if ending.destination == 'postcopy-active' and case.peeks and not self.peekers:
             self._start_peekers()
         if ending.source == ending.destination == 'postcopy-active' and \
                 self._active_since is None and self._is_running():
@@ -362,8 +357,7 @@ class Attempt:
                    time.monotonic() - self._active_since >= moment.value)
         if not due:
             return
-        side = (self._destination if self._case.pause_destination
-                else self._source)
+        side = (self._destination if self._case.pause_destination else self._source)
         # Too early: once more when both sides are that far
         self._acted = (self._try(side, 'migrate-pause')
                        or self._active_since is not None
@@ -433,8 +427,7 @@ class Attempt:
                 raise Hang(f'page {peeker.waiting}, which was accessed while '
                            'the channel was broken, has not come since')
         self.ending.held = len(self._held)
-        self._source.qmp('migrate-set-parameters',
-                         **{'max-postcopy-bandwidth': 0})
+        self._source.qmp('migrate-set-parameters', **{'max-postcopy-bandwidth': 0})
 
     def _start_peekers(self) -> None:
         pages = range(self._case.size // PAGE_SIZE)
@@ -476,7 +469,6 @@ class Attempt:
             return
         if case.fault == 'kill-destination' and case.moment:
             # To load takes less time than to save
-            time.sleep(max(0.0, loads + case.moment.value / 10
-                           - time.monotonic()))
+            time.sleep(max(0.0, loads + case.moment.value / 10 - time.monotonic()))
             self._act()
         self._settle(lambda _, destination: destination in _DESTINATION_DONE)

@@ -3,8 +3,7 @@
 
 import random
 from dataclasses import asdict, dataclass, fields, replace
-from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
-                    Tuple)
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from lab import modes
 from lab.faults.failcalls import ALWAYS, CALLS, Rule
@@ -298,8 +297,7 @@ def draw_rule(dice: Dice, call: str) -> Rule:
 
 
 def _draw_rules(dice: Dice, case: Case) -> Tuple[Tuple[str, Rule], ...]:
-    sides = dice.choice((('source',), ('destination',),
-                         ('source', 'destination')))
+    sides = dice.choice((('source',), ('destination',), ('source', 'destination')))
     rules: List[Tuple[str, Rule]] = []
     for side in sides:
         calls = list(calls_of(getattr(case, side), case.mode, side))
@@ -389,8 +387,7 @@ def drawn(first: int, faults: Sequence[str] = (),
     seed = first
     while True:
         case = draw(seed)
-        if (not faults or case.fault in faults) and \
-                (not modes or case.mode in modes):
+        if (not faults or case.fault in faults) and (not modes or case.mode in modes):
             yield case
         seed += 1
 
@@ -443,12 +440,10 @@ def fixed() -> List[Tuple[str, Case]]:
             moment=Moment(BYTES, half if mode != 'multifd' else 4096))
         add(f'cancel/{mode}', mode, 'cancel',
             moment=Moment(BYTES, half if mode != 'multifd' else 4096))
-    add('kill-source/precopy', 'precopy', 'kill-source',
-        moment=Moment(BYTES, half))
+    add('kill-source/precopy', 'precopy', 'kill-source', moment=Moment(BYTES, half))
     add('kill-source/mapped-ram', 'mapped-ram', 'kill-source',
         bandwidth=2 * MIB, moment=Moment(SECONDS, 0.2))
-    add('truncate/mapped-ram', 'mapped-ram', 'truncate',
-        moment=Moment(BYTES, 0.9))
+    add('truncate/mapped-ram', 'mapped-ram', 'truncate', moment=Moment(BYTES, 0.9))
     add('cancel-early/precopy', 'precopy', 'cancel-early')
     for how in (CLOSE, RESET, HALF):
         add(f'cut/{how}', 'sparse-ram', 'cut', transport='tcp',

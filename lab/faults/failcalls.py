@@ -48,8 +48,7 @@ class Rule:
     @property
     def number(self) -> int:
         """The errno as a number."""
-        return (_EHWPOISON if self.error == 'EHWPOISON'
-                else getattr(errno, self.error))
+        return (_EHWPOISON if self.error == 'EHWPOISON' else getattr(errno, self.error))
 
 
 def pack(rules: Sequence[Rule], device: int, inode: int) -> bytes:
@@ -68,8 +67,7 @@ def counts(packed: bytes) -> List[Tuple[int, int]]:
     """Of each rule, how many calls there were, and how many failed."""
     found = []
     for i in range(_RULES):
-        *_, seen, failed = _RULE.unpack_from(packed,
-                                             _HEADER.size + i * _RULE.size)
+        *_, seen, failed = _RULE.unpack_from(packed, _HEADER.size + i * _RULE.size)
         found.append((int(seen), int(failed)))
     return found
 
@@ -93,10 +91,8 @@ class FailCalls:
 
     def command(self, extra: Dict[str, str]) -> Sequence[str]:
         """What to put in front of QEMU's command line."""
-        variables = {'LD_PRELOAD': self._library, 'FAIL_CALLS': self._path,
-                     **extra}
-        return ('env', *(f'{name}={value}'
-                         for name, value in variables.items()))
+        variables = {'LD_PRELOAD': self._library, 'FAIL_CALLS': self._path, **extra}
+        return ('env', *(f'{name}={value}' for name, value in variables.items()))
 
     def arm(self, rules: Sequence[Rule], ram: str) -> None:
         """Let calls fail from now on.

@@ -42,8 +42,7 @@ CHANNEL_SHORT = 'multifd: destination waits for the first bytes of a channel'
 # goes on waiting for another one.  The source waits until all is read, at the
 # end with its monitor.
 CHANNEL_IGNORED = 'multifd: both wait after a channel has failed to start'
-_IGNORED = ('Failed to peek at channel',
-            'failed to receive packet via multifd channel')
+_IGNORED = ('Failed to peek at channel', 'failed to receive packet via multifd channel')
 
 # When postcopy fails on the destination before the guest runs there,
 # process_incoming_migration_co() frees what the threads of postcopy still use.
@@ -86,8 +85,7 @@ def _threads(pid: int) -> Dict[str, List[str]]:
     return found
 
 
-def waits_for_channel(name: str, waiting: Dict[str, List[str]],
-                      channels: int) -> bool:
+def waits_for_channel(name: str, waiting: Dict[str, List[str]], channels: int) -> bool:
     """Who waits for the channels waits, and not all of those are there.
 
     name: of the side; waiting: as _threads() returns it.
@@ -97,8 +95,7 @@ def waits_for_channel(name: str, waiting: Dict[str, List[str]],
 
     there = sum(len(each) for thread, each in waiting.items()
                 if thread.startswith(_CHANNELS[name]))
-    return (there < channels
-            and waits('main' if name == 'destination' else _MIGRATION))
+    return (there < channels and waits('main' if name == 'destination' else _MIGRATION))
 
 
 class MultifdWatch(threading.Thread):
@@ -152,8 +149,7 @@ class MultifdWatch(threading.Thread):
         self.join()
 
 
-def recognize(case: Case, ending: 'Ending',
-              destination_status: Optional[int]) -> str:
+def recognize(case: Case, ending: 'Ending', destination_status: Optional[int]) -> str:
     """The name of the bug that a case has run into, '' if none.
 
     destination_status: its exit status, or minus the signal.

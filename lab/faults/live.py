@@ -92,20 +92,17 @@ class _Live(Job):
             name, self._tools.qemu, _SIZE, 'memfd', incoming=incoming,
             extra_args=('-bios', rom, *serial.arguments, *self._tools.extra_args)))
 
-    def _wait_for(self, side: Side, what: str, count: int,
-                  watchdog: Watchdog) -> None:
+    def _wait_for(self, side: Side, what: str, count: int, watchdog: Watchdog) -> None:
         if not self._serials[side.name].wait_for(
                 what, count, lambda: not watchdog.tripped):
             raise Hang(f'the guest on the {side.name} does not go on')
 
     def _let_it_write(self, side: Side, more: int, watchdog: Watchdog) -> None:
         """So many batches."""
-        self._wait_for(side, 'B', self._serials[side.name].said('B') + more,
-                       watchdog)
+        self._wait_for(side, 'B', self._serials[side.name].said('B') + more, watchdog)
 
     def _poke(self, side: Side, name: str, value: int) -> None:
-        side.write(writer.assemble().addresses[name],
-                   value.to_bytes(4, 'little'))
+        side.write(writer.assemble().addresses[name], value.to_bytes(4, 'little'))
 
     def _run(self) -> None:
         if any(case.how.postcopy for case in self._cases):
@@ -143,8 +140,7 @@ class _Live(Job):
         elif ending.destination == 'completed':
             expect(ending.source == 'completed', 'the destination has '
                    f'completed, and the source has {ending.source}')
-            self._result.outcome = ('recovered' if ending.recoveries
-                                    else 'completed')
+            self._result.outcome = ('recovered' if ending.recoveries else 'completed')
             self._check_completed(case, source, destination)
         else:
             expect(case.fault != 'none' and not ending.ran,
@@ -156,8 +152,7 @@ class _Live(Job):
                    f'{ending.source} the source is {source.status()}')
             self._let_it_write(source, 2, watchdog)
 
-    def _check_completed(self, case: Case, source: Side,
-                         destination: Side) -> None:
+    def _check_completed(self, case: Case, source: Side, destination: Side) -> None:
         expect(source.status() == 'postmigrate',
                f'the source is {source.status()} after the migration')
         if case.how.postcopy:
@@ -181,6 +176,5 @@ def run_live(seed: int, tools: Tools) -> Result:
     cases = draw(seed)
     result = _Live(cases, tools).run()
     if result.complaint:
-        result.complaint += ' (' + '; '.join(case.describe()
-                                             for case in cases) + ')'
+        result.complaint += ' (' + '; '.join(case.describe() for case in cases) + ')'
     return result

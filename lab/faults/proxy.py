@@ -169,8 +169,7 @@ class Proxy:
 
         self._stops.append((after, hold))
 
-    def do_at(self, name: str, after: int,
-              action: Callable[[], None]) -> None:
+    def do_at(self, name: str, after: int, action: Callable[[], None]) -> None:
         """Do something in the proxy's thread after so many bytes."""
         def act() -> None:
             action()
@@ -260,8 +259,7 @@ class Proxy:
             sock.close()
             return
         other.setblocking(False)
-        link.flows = {TO_DESTINATION: Flow(sock, other),
-                      TO_SOURCE: Flow(other, sock)}
+        link.flows = {TO_DESTINATION: Flow(sock, other), TO_SOURCE: Flow(other, sock)}
         if link.number == 0:
             for stop in self._stops:
                 link.flows[TO_DESTINATION].add_stop(*stop)

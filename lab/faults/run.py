@@ -23,8 +23,7 @@ from lab.faults.sides import Layout, Side, Snapshot, stacks
 from lab.memory import GIB, PAGE_SIZE
 from lab.migrate import MigrationAborted, Watchdog, address_of, watched
 from lab.modes import TCP
-from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong,
-                         expect)
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong, expect
 from lab.qemu import GuestError
 
 
@@ -77,10 +76,8 @@ class Result:
 
     def outcome_of(self, name: str) -> Outcome:
         """As that of a test of this name."""
-        status = (FAILED if self.complaint else SKIPPED if self.skipped
-                  else PASSED)
-        return Outcome(name, status, self.complaint or self.skipped,
-                       self.seconds)
+        status = (FAILED if self.complaint else SKIPPED if self.skipped else PASSED)
+        return Outcome(name, status, self.complaint or self.skipped, self.seconds)
 
 
 def _no_core_dumps() -> None:
@@ -227,8 +224,7 @@ class _Run(Job):
         self._check_available()
         source = self._source = self._start(
             'source', case.source, False, fails='source' in case.fails_calls_of)
-        sides.write_layout(source, self._dice,
-                           self._layout(case.data, case.zeroes))
+        sides.write_layout(source, self._dice, self._layout(case.data, case.zeroes))
         # What the kernel is asked about first, and refuses, is data
         source.write(0, self._dice.randbytes(PAGE_SIZE))
         self._old = self._layout(case.old_data)
@@ -237,8 +233,7 @@ class _Run(Job):
             fails='destination' in case.fails_calls_of, cgroup=self._cgroup)
         if self._cgroup:
             self._cgroup.leave(case.limit)
-        with watched(self._sides, memory_floor(),
-                     self._tools.timeout) as watchdog:
+        with watched(self._sides, memory_floor(), self._tools.timeout) as watchdog:
             self._sent = self._snapshot(source)
             self._migrate(watchdog)
 
@@ -264,8 +259,7 @@ class _Run(Job):
             ending.happened = ending.destination != 'completed'
         if self._tools.after:
             self._tools.after(source, destination, ending)
-        self._result.outcome = (f'QEMU 10.0: {bug}' if bug
-                                else verdict.outcome(ending))
+        self._result.outcome = (f'QEMU 10.0: {bug}' if bug else verdict.outcome(ending))
         self._result.happened = ending.happened
         self._check(attempt, bug)
         self._result.peeks = sum(peeker.done for peeker in attempt.peekers)
@@ -321,8 +315,7 @@ class _Run(Job):
             expect(not peeker.wrong, peeker.wrong or '')
         if ending.source != GONE:
             expect(source.ended() is None, 'the source has not survived')
-            verdict.check_content('the source, after the migration',
-                                  self._sent, source)
+            verdict.check_content('the source, after the migration', self._sent, source)
             if 'source' not in case.fails_calls_of and self._tools.sparse:
                 verdict.check_source_grew(self._before, source)
         if completed:
@@ -347,10 +340,8 @@ class _Run(Job):
             for offset, data in expected.writes:
                 wanted.patch(offset, data)
             verdict.check_content('the destination', wanted, destination)
-            if 'destination' not in self._case.fails_calls_of and \
-                    self._tools.sparse:
-                verdict.check_sparse(wanted, destination, expected.touched,
-                                     self._old)
+            if 'destination' not in self._case.fails_calls_of and self._tools.sparse:
+                verdict.check_sparse(wanted, destination, expected.touched, self._old)
         finally:
             wanted.close()
 
@@ -398,8 +389,7 @@ class _Run(Job):
             verdict.check_source_grew(before, source)
             verdict.check_sparse(snapshot, destination, set(), Layout((), ()))
         destination.qmp('cont')
-        expect(destination.status() == 'running',
-               'the second destination cannot run')
+        expect(destination.status() == 'running', 'the second destination cannot run')
 
 
 def _remove(path: str) -> None:

@@ -179,8 +179,7 @@ class Layout:
     zeroes: Tuple[Extent, ...]
 
 
-def draw_layout(dice: random.Random, size: int, data: int,
-                zeroes: int) -> Layout:
+def draw_layout(dice: random.Random, size: int, data: int, zeroes: int) -> Layout:
     """Spread this much over RAM, in runs of 1 to 128 pages."""
     pages = size // PAGE_SIZE
     taken: Set[int] = set()
@@ -193,8 +192,7 @@ def draw_layout(dice: random.Random, size: int, data: int,
             start = dice.randrange(pages - length + 1)
             mine = set(range(start, start + length)) - taken
             taken.update(mine)
-            extents += [(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
-                        for page in mine]
+            extents += [(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in mine]
             left -= len(mine)
         return tuple(merge_extents(extents, ()))
 
@@ -211,8 +209,7 @@ def write_layout(side: Side, dice: random.Random, layout: Layout) -> None:
         side.write(start, bytes(end - start))
 
 
-def old_file(path: str, size: int, dice: random.Random,
-             layout: Layout) -> None:
+def old_file(path: str, size: int, dice: random.Random, layout: Layout) -> None:
     """A file that an earlier guest has left."""
     with open(path, 'wb') as file:
         file.truncate(size)

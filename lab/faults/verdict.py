@@ -13,8 +13,7 @@ from lab.faults.attempt import GONE, Ending
 from lab.faults.cases import Case
 from lab.faults.known import MAPPED_RAM_SHORT, POSTCOPY_EARLY, PREEMPT_RECOVER
 from lab.faults.peek import Expected
-from lab.faults.sides import (Layout, Side, Snapshot, allocated,
-                              allocation_unit)
+from lab.faults.sides import Layout, Side, Snapshot, allocated, allocation_unit
 from lab.memory import PAGE_SIZE
 from lab.outcome import Wrong, ending, expect
 from lab.qemu import GuestError
@@ -38,8 +37,7 @@ def check_content(what: str, expected: Ram, side: Side) -> None:
     expect(comparison.identical, f'{what}: {comparison}')
 
 
-def check_received(snapshot: Snapshot, expected: Expected,
-                   side: Side) -> None:
+def check_received(snapshot: Snapshot, expected: Expected, side: Side) -> None:
     """Of a guest that waits for the rest: what is there is right."""
     if side.ram.allocated() is None or side.kind == 'hugetlb':
         return                          # it cannot be told what is there
@@ -77,8 +75,7 @@ def check_sparse(snapshot: Snapshot, side: Side, touched: Set[int],
     # Of a transparent huge page, a part cannot always be freed
     can_free = (side.kind != 'tmpfs' and KINDS[side.kind].is_freed
                 and allocation_unit(side.kind) == PAGE_SIZE)
-    most = most_allocated(snapshot, side.kind, touched,
-                          None if can_free else old)
+    most = most_allocated(snapshot, side.kind, touched, None if can_free else old)
     if side.kind in ('memfd-private', 'anonymous-shared'):
         return              # may have a page twice, or in the kernel's file
     has = allocated(side)
@@ -92,8 +89,7 @@ def check_source_grew(before: Optional[int], side: Side) -> None:
     if before is None or now is None or side.kind == 'memfd-private':
         return
     slack = HUGE_PAGE if side.kind == 'hugetlb' else _SLACK
-    expect(now <= before + slack,
-           f'the source has grown from {before} to {now} bytes')
+    expect(now <= before + slack, f'the source has grown from {before} to {now} bytes')
 
 
 def check_survived(source: Side, snapshot: Snapshot, ending: Ending) -> None:
@@ -104,8 +100,7 @@ def check_survived(source: Side, snapshot: Snapshot, ending: Ending) -> None:
                else ('prelaunch', 'paused'))
     expect(status in allowed, f'after a migration that {ending.source} the '
            f'source is {status}, and not {" or ".join(allowed)}')
-    check_content('the source, after a migration that failed', snapshot,
-                  source)
+    check_content('the source, after a migration that failed', snapshot, source)
     try:
         source.qmp('cont')
     except GuestError as err:
@@ -129,8 +124,7 @@ def check_not_run(destination: Side, ending: Ending) -> None:
            f'{status}')
 
 
-def check_ended(side: Side, case: Case, oom_killed: bool,
-                known: str) -> None:
+def check_ended(side: Side, case: Case, oom_killed: bool, known: str) -> None:
     """A process that is gone ended as it had to.
 
     known: the bug that it has run into, if any.
@@ -173,8 +167,7 @@ def must_complete(case: Case, ending: Ending, needed: int) -> Optional[str]:
         if not calls & {'fallocate', 'madvise', 'uffd-copy'}:
             return 'holes need not be found'
         return None
-    if case.fault == 'tmpfs-full' and not case.peeks and \
-            case.limit >= needed + _SLACK:
+    if case.fault == 'tmpfs-full' and not case.peeks and case.limit >= needed + _SLACK:
         return 'there is enough memory'
     if case.fault in ('pause', 'cut-recover', 'held') and ending.ran:
         return 'both sides are there to recover it'

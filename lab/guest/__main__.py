@@ -113,8 +113,7 @@ def hops_table(hops: Sequence[Hop]) -> str:
 class Traveller:
     """A guest that moves from QEMU to QEMU.  A context manager."""
 
-    def __init__(self, binary: str, size: int, args: argparse.Namespace,
-                 log: str):
+    def __init__(self, binary: str, size: int, args: argparse.Namespace, log: str):
         """log: for its console"""
         self._binary = binary
         self._size = size
@@ -178,8 +177,7 @@ class Traveller:
 
     def used(self) -> int:
         """Bytes of its RAM that the guest has used at most, so far."""
-        return self._size - min(report.free
-                                for report in self._console.reports())
+        return self._size - min(report.free for report in self._console.reports())
 
     def last_report(self) -> Any:
         """What the load has said last."""
@@ -209,8 +207,7 @@ class Traveller:
         source.kill_now()
         self._guest = destination
         self._wait_for_load(REPORTS, REPORT_TIMEOUT)
-        return Hop(name, self.used(), before, *after,
-                   times.wall + (times.load or 0))
+        return Hop(name, self.used(), before, *after, times.wall + (times.load or 0))
 
 
 def _remove(path: str) -> None:
@@ -274,8 +271,7 @@ def travel(args: argparse.Namespace) -> int:
 def show_bite(args: argparse.Namespace) -> int:
     """All that is checked has to fail; returns how much of it does not."""
     failures = 0
-    with Traveller(args.stock, args.stock_size, args,
-                   LOG + '.stock') as traveller:
+    with Traveller(args.stock, args.stock_size, args, LOG + '.stock') as traveller:
         traveller.boot()
         hop = traveller.hop('precopy')
         noticed = traveller.notices_lost_writes()

@@ -197,16 +197,14 @@ def prepare(load: Load, directory: str) -> List[str]:
     directory: for the initramfs, as long as QEMUs are started.
     Raises Unavailable, or UserError.
     """
-    result = subprocess.run([GET_GUEST], stderr=subprocess.PIPE, text=True,
-                            check=False)
+    result = subprocess.run([GET_GUEST], stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode == _UNAVAILABLE:
         raise Unavailable(result.stderr.strip().rpartition('\n')[2])
     if result.returncode:
         raise UserError(result.stderr.strip())
     initramfs = os.path.join(directory, 'initramfs')
     _make_initramfs(initramfs, load)
-    return ['-kernel', kernel(GUEST), '-initrd', initramfs,
-            '-append', COMMAND_LINE]
+    return ['-kernel', kernel(GUEST), '-initrd', initramfs, '-append', COMMAND_LINE]
 
 
 # Losing writes on purpose
@@ -290,8 +288,7 @@ class Console:
         """Read from a socket, until it is closed."""
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(path)
-        threading.Thread(target=self._read, args=(connection,),
-                         daemon=True).start()
+        threading.Thread(target=self._read, args=(connection,), daemon=True).start()
 
     def _read(self, connection: socket.socket) -> None:
         with connection, connection.makefile(

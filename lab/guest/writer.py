@@ -41,8 +41,7 @@ def parse_header(text: str) -> Dict[str, int]:
     for name, value in re.findall(r'^#define SPARSE_WRITER_(\w+) (\S.*)$', text,
                                   re.MULTILINE):
         match = re.fullmatch(r'\(SPARSE_WRITER_(\w+) \+ (\d+)\)', value)
-        numbers[name] = (numbers[match[1]] + int(match[2]) if match
-                         else int(value, 0))
+        numbers[name] = (numbers[match[1]] + int(match[2]) if match else int(value, 0))
     return numbers
 
 
@@ -112,8 +111,7 @@ def expected_words(page: int, sequence: int) -> List[Tuple[int, int]]:
     return [*words, (_PAGE_SIZE - 4, checksum)]
 
 
-def unfinished_words(page: int, sequence: int,
-                     content: bytes) -> List[Tuple[int, int]]:
+def unfinished_words(page: int, sequence: int, content: bytes) -> List[Tuple[int, int]]:
     """What the guest has written so far of a page that it is at.
 
     It writes from the start of the page to its end, and may be stopped

@@ -101,8 +101,7 @@ def migrate_once(config: MigrateConfig,
     cgroup: for the destination.
     Raises MigrationFailed or GuestError; nothing is left behind then either.
     """
-    common: Dict[str, Any] = {'accel': config.accel,
-                              'extra_args': config.extra_args}
+    common: Dict[str, Any] = {'accel': config.accel, 'extra_args': config.extra_args}
     with Guest('source', config.binary, config.size, **common) as source, \
          Guest('destination', config.binary, config.size, paused=True,
                incoming=True, cgroup=cgroup, **common) as destination, \
@@ -112,8 +111,7 @@ def migrate_once(config: MigrateConfig,
         content.write_data(source.ram, config.data)
         before = source.sample(), destination.sample()
         progress('migrating')
-        times = Migrate(config.mode).run(
-            Session(source, destination, watchdog, ''))
+        times = Migrate(config.mode).run(Session(source, destination, watchdog, ''))
         after = source.sample(), destination.sample()
         progress('comparing RAM')
         return Result(config=config,

@@ -106,8 +106,7 @@ def wait_for_migration(session: Session, guest: Guest) -> Dict[str, Any]:
         info.clear()
         info.update(guest.query_migrate())
         if info.get('status') in ('failed', 'cancelled', 'postcopy-paused'):
-            raise MigrationFailed(why_failed(session.destination or guest,
-                                             info))
+            raise MigrationFailed(why_failed(session.destination or guest, info))
         return info.get('status') == 'completed'
 
     session.wait_until(done)
@@ -171,8 +170,7 @@ class Migrate(Operation):
 
     def run(self, session: Session) -> Times:
         assert session.destination
-        mode, source, destination = (self.mode, session.source,
-                                     session.destination)
+        mode, source, destination = (self.mode, session.source, session.destination)
         parameters = {'max-bandwidth': _BANDWIDTH, **mode.parameters}
         more = ('pause-before-switchover',) if self.dirty else ()
         configure(source, (*mode.capabilities, *mode.saving, *more, 'events'),
@@ -219,15 +217,13 @@ class Migrate(Operation):
         received = _times(session, destination)
         if 'device' in sent and not postcopy:
             downtime = received['completed'] - sent['device']
-        paused = (sent['device'] - sent['pre-switchover'] if self.dirty
-                  else 0.0)
+        paused = (sent['device'] - sent['pre-switchover'] if self.dirty else 0.0)
         return Times(info['total-time'] / 1000 - paused, wall - paused,
                      ram=info['ram'], downtime=downtime)
 
     def _dirty(self, session: Session) -> None:
         source = session.source
-        session.wait_until(
-            lambda: source.query_migrate()['status'] == 'pre-switchover')
+        session.wait_until(lambda: source.query_migrate()['status'] == 'pre-switchover')
         write_by_qtest(source, dirty_pages(source.ram.size, self.dirty))
         source.qmp('migrate-continue', state='pre-switchover')
 
@@ -250,8 +246,7 @@ class InternalSnapshot(Operation):
         run_job(guest, 'snapshot-save', **snapshot)
         saved = time.monotonic()
         run_job(guest, 'snapshot-load', **snapshot)
-        return Times(saved - started, saved - started,
-                     time.monotonic() - saved)
+        return Times(saved - started, saved - started, time.monotonic() - saved)
 
 
 @dataclass(frozen=True)
@@ -400,8 +395,7 @@ def count_holes(ram: Ram, backend: str) -> Optional[int]:
     return (ram.size - allocated) // PAGE_SIZE
 
 
-def ram_file(stack: ExitStack, backend: str, size: int,
-             directory: str) -> str:
+def ram_file(stack: ExitStack, backend: str, size: int, directory: str) -> str:
     """The file that a backend wants to be there before; its name.
 
     directory: for one that is not to be memory.
@@ -427,8 +421,7 @@ def measure(operation: Operation, config: MeasureConfig) -> Measurement:
         directory = stack.enter_context(tempfile.TemporaryDirectory(
             prefix='tmp-', dir=config.directory))
         # The name of a socket must not be long
-        sockets = stack.enter_context(tempfile.TemporaryDirectory(
-            prefix='sparse-ram-'))
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix='sparse-ram-'))
 
         def guest(name: str, backend: str, incoming: bool = False) -> Guest:
             return stack.enter_context(Guest(
@@ -441,8 +434,7 @@ def measure(operation: Operation, config: MeasureConfig) -> Measurement:
 
         guests = [guest('source', config.backend)]
         if operation.loads:
-            guests += [guest('destination',
-                             config.destination or config.backend, True)]
+            guests += [guest('destination', config.destination or config.backend, True)]
         watchdog = stack.enter_context(
             watched(guests, config.memory_floor, config.timeout))
         if operation.must_have_run:

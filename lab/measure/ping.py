@@ -51,8 +51,7 @@ class Pinger:
                 while not self._stop.wait(_INTERVAL):
                     asked = time.monotonic()
                     self._ask(file, 'query-status')
-                    self.longest = max(self.longest,
-                                       time.monotonic() - asked)
+                    self.longest = max(self.longest, time.monotonic() - asked)
         except OSError:     # the guest was killed, and somebody else says why
             pass
 

@@ -27,8 +27,7 @@ def rst_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     border = '  '.join('=' * width for width in widths)
 
     def line(row: Sequence[str]) -> str:
-        return '  '.join(cell.ljust(width)
-                         for cell, width in zip(row, widths)).rstrip()
+        return '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
 
     return '\n'.join([border, line(header), border,
                       *(line(row) for row in rows), border])

@@ -103,8 +103,7 @@ class Row:
     @property
     def variants(self) -> Tuple[Variant, ...]:
         """Those that there are, the baseline first."""
-        return ((self.baseline, self.subject) if self.baseline
-                else (self.subject,))
+        return ((self.baseline, self.subject) if self.baseline else (self.subject,))
 
 
 def stock_and_patched(backend: str, destination: Optional[str] = None) \
@@ -199,8 +198,7 @@ SPEED: Tuple[Row, ...] = (
 
 # With the capability sparse-ram
 _SPARSE_RAM = ('sparse-ram',)
-_LEAN = (AtMost('source_rss_peak', 64 * MIB),
-         AtMost('destination_rss_peak', 64 * MIB))
+_LEAN = (AtMost('source_rss_peak', 64 * MIB), AtMost('destination_rss_peak', 64 * MIB))
 
 
 def _with_sparse_ram(size: int) -> Variant:
@@ -208,8 +206,7 @@ def _with_sparse_ram(size: int) -> Variant:
                    capabilities=_SPARSE_RAM, size=size)
 
 
-def _sparse_ram(name: str, baseline: Variant, size: int,
-                seconds: float) -> Row:
+def _sparse_ram(name: str, baseline: Variant, size: int, seconds: float) -> Row:
     return Row(name, f'precopy over tcp, sparse-ram, {format_size(size)}',
                Migrate(), baseline, _with_sparse_ram(size),
                targets=(AtMost('total_time', seconds), *_LOADS, *_LEAN))
@@ -242,8 +239,7 @@ _MULTIFD = Migrate(MULTIFD.also(downtime_limit=0))
 
 
 def _paired(*metrics: str) -> Tuple[object, ...]:
-    return tuple(PairedRatioAtMost(metric, _HARMLESS_LIMIT)
-                 for metric in metrics)
+    return tuple(PairedRatioAtMost(metric, _HARMLESS_LIMIT) for metric in metrics)
 
 
 def _harmless(name: str, what: str, fill: Optional[int] = None,
@@ -362,8 +358,7 @@ _FAST: Tuple[Row, ...] = (
 
 FAST: Tuple[Row, ...] = _FAST + SPARSE_RAM[1:]
 
-ALL: Tuple[Row, ...] = (GROWTH + SPARSE_RAM + SPEED + SCATTERED + HARMLESS
-                        + _FAST)
+ALL: Tuple[Row, ...] = (GROWTH + SPARSE_RAM + SPEED + SCATTERED + HARMLESS + _FAST)
 
 GROUPS = {'harmless': HARMLESS, 'fast': FAST}
 

@@ -91,8 +91,7 @@ def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
 
     left_out = max((each for each in range((count + 1) // 2)
                     if confidence(each) >= _CONFIDENCE), default=0)
-    return (ordered[left_out], ordered[count - 1 - left_out],
-            confidence(left_out))
+    return (ordered[left_out], ordered[count - 1 - left_out], confidence(left_out))
 
 
 @dataclass
@@ -146,8 +145,7 @@ class RowResult:
                   if len(pair) == 2 and pair[0] and pair[1] is not None]
         if not ratios:
             return None
-        return PairedRatio(statistics.median(ratios),
-                           *median_interval(ratios))
+        return PairedRatio(statistics.median(ratios), *median_interval(ratios))
 
     def spread(self, metric: str) -> Optional[float]:
         """The larger interquartile range of the two, as part of the median.
@@ -199,8 +197,7 @@ def _judge(result: RowResult, target: object) -> Verdict:
     met: Optional[bool]
     text = measured = ''
     if isinstance(target, (RatioAtMost, PairedRatioAtMost)):
-        compared = ' over '.join(variant.label
-                                 for variant in result.row.variants[::-1])
+        compared = ' over '.join(variant.label for variant in result.row.variants[::-1])
         text = f'{METRICS[target.metric].title}, {compared} <= {target.limit:.2f}'
     if isinstance(target, AtMost):
         metric = METRICS[target.metric]
@@ -275,8 +272,7 @@ def _holes(result: RowResult, label: str) -> str:
         return NOTHING
     if any(run.holes is None for run in runs):
         return 'absent'
-    worst = max(runs, key=lambda run: abs((run.holes or 0) -
-                                          (run.expected_holes or 0)))
+    worst = max(runs, key=lambda run: abs((run.holes or 0) - (run.expected_holes or 0)))
     return f'{worst.holes} of {worst.expected_holes}'
 
 

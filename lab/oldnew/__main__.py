@@ -112,8 +112,7 @@ class Writer:
         ram = info['ram']
         if self._fast and ram['remaining'] < self.FAST_UNTIL:
             self._fast = False
-            source.qmp('migrate-set-parameters',
-                       **{'max-bandwidth': self.SLOW})
+            source.qmp('migrate-set-parameters', **{'max-bandwidth': self.SLOW})
         return (ram['dirty-sync-count'] > self.ROUNDS
                 and not (self._xbzrle and not info['xbzrle-cache']['pages']))
 
@@ -123,8 +122,7 @@ class Writer:
                 self._write()
                 # Raises if there is something wrong
                 session.wait_until(lambda: not session.watchdog.tripped)
-        session.source.qmp('migrate-set-parameters',
-                           **{'max-bandwidth': 1 << 40})
+        session.source.qmp('migrate-set-parameters', **{'max-bandwidth': 1 << 40})
 
 
 @dataclass(frozen=True)
@@ -210,8 +208,7 @@ def _outside(ram: Ram, allowed: Sequence[Extent]) -> str:
                      in islice(without(ram.extents(), allowed), 5))
 
 
-def check_allocation(side: str, ram: Ram,
-                     allowed: Sequence[Extent]) -> None:
+def check_allocation(side: str, ram: Ram, allowed: Sequence[Extent]) -> None:
     """Whether all that is allocated lies in the allowed extents."""
     most = content.total(content.round_out(allowed, host.shmem_unit()))
     allocated = ram.allocated()
@@ -247,8 +244,7 @@ def migrate(rig: Rig, pair: Tuple[str, str], machine: str, way: Way) -> None:
     raise Wrong(f'no migration of {TRIES} lasted for {Writer.ROUNDS} rounds')
 
 
-def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
-                 way: Way) -> None:
+def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str, way: Way) -> None:
     """The same, once; raises EndedTooSoon."""
     ours, theirs = way.backends
     backends = [ours if qemu == PATCHED else theirs for qemu in pair]
@@ -284,11 +280,9 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
         if pair[1] == PATCHED:
             content.write(destination.ram, OLD_SEED)
         before = list(source.ram.extents())
-        kept = ([] if KINDS[backends[1]].is_freed
-                else list(destination.ram.extents()))
+        kept = ([] if KINDS[backends[1]].is_freed else list(destination.ram.extents()))
 
-        Migrate(mode, writer).run(
-            Session(source, destination, watchdog, directory))
+        Migrate(mode, writer).run(Session(source, destination, watchdog, directory))
 
         check_content(source, destination)
         if pair[0] == PATCHED:
@@ -301,8 +295,7 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
             # On a slow machine, firmware may not be done when it seems so.
             allowed = [*allowed, (0, MIB), *content.nonzero(source.ram)]
         if writer and pair[0] == PATCHED:
-            allowed = [*allowed, *((page, page + PAGE_SIZE)
-                                   for page in writer.touched)]
+            allowed = [*allowed, *((page, page + PAGE_SIZE) for page in writer.touched)]
         check_allocation(side, ram, allowed)
         if way.running:
             check_runs(destination)
@@ -311,15 +304,13 @@ def migrate_once(rig: Rig, pair: Tuple[str, str], machine: str,
 def refuse(rig: Rig, qemu: str, machine: str) -> None:
     """A destination without sparse-ram refuses it, and nothing is lost."""
     with ExitStack() as stack:
-        source = stack.enter_context(
-            rig.guest('source', PATCHED, machine, paused=True))
+        source = stack.enter_context(rig.guest('source', PATCHED, machine, paused=True))
         content.write(source.ram, SEED)
         before = list(source.ram.extents())
         for capabilities, good in ((('sparse-ram',), False), ((), True)):
             destination = stack.enter_context(rig.guest(
                 'destination', qemu, machine, paused=True, incoming=True))
-            with watched((source, destination), memory_floor(),
-                         TIMEOUT) as watchdog:
+            with watched((source, destination), memory_floor(), TIMEOUT) as watchdog:
                 configure(source, capabilities, {})
                 try:
                     Migrate().run(Session(source, destination, watchdog, ''))
@@ -329,8 +320,7 @@ def refuse(rig: Rig, qemu: str, machine: str) -> None:
                         raise
             if not good:
                 status = source.status()
-                expect(status in ('prelaunch', 'paused'),
-                       f'the source is {status}')
+                expect(status in ('prelaunch', 'paused'), f'the source is {status}')
                 clear_capabilities(source)
         check_content(source, destination)
         check_allocation('source', source.ram, before)

@@ -202,8 +202,7 @@ def send(binary: str, way: Way, arguments: Tuple[str, ...]) -> Sent:
             'source', binary, SIZE, paused=True,
             extra_args=('-machine', way.machine, *block_arguments(),
                         *FIXED_TIME, *arguments)))
-        watchdog = stack.enter_context(
-            watched((guest,), memory_floor(), TIMEOUT))
+        watchdog = stack.enter_context(watched((guest,), memory_floor(), TIMEOUT))
         rams = [guest.ram, *(
             Ram.of(guest.pid, size, KINDS[kind].fs is not None)
             for kind, size in BLOCKS)]
@@ -217,8 +216,7 @@ def send(binary: str, way: Way, arguments: Tuple[str, ...]) -> Sent:
         info = wait_for_migration(Session(guest, None, watchdog, directory), guest)
         holes = info['ram'].get('holes')
         if holes:
-            expect(guest.ram.allocated() == before,
-                   'the source has populated holes')
+            expect(guest.ram.allocated() == before, 'the source has populated holes')
         if catcher:
             parts = sorted(catcher.connections(), key=_is_main, reverse=True)
         else:
@@ -260,13 +258,11 @@ def notices_change(mode: Mode, sent: Sent) -> bool:
 
 def check_stock(binary: str, extra_args: Tuple[str, ...]) -> None:
     """The same guest, sent twice by the same QEMU."""
-    found = compare(PRECOPY, *(send(binary, WAYS[0], extra_args)
-                               for _ in range(2)))
+    found = compare(PRECOPY, *(send(binary, WAYS[0], extra_args) for _ in range(2)))
     expect(found is None, f'twice the same QEMU: {found}')
 
 
-def check(binaries: Tuple[str, str], extra_args: Tuple[str, ...],
-          way: Way) -> None:
+def check(binaries: Tuple[str, str], extra_args: Tuple[str, ...], way: Way) -> None:
     """One case, with the stock and the patched QEMU."""
     stock = send(binaries[0], way, extra_args)
     patched = send(binaries[1], way, (*extra_args, *way.patched_args))
@@ -285,8 +281,7 @@ def all_cases(args: argparse.Namespace) -> Iterator[Case]:
     """One for each mode; and, to know that all else is the same each time,
     the stock QEMU with itself."""
     extra = tuple(args.qemu_args)
-    yield Case('stock-twice', partial(check_stock, args.stock, extra),
-               quick=True)
+    yield Case('stock-twice', partial(check_stock, args.stock, extra), quick=True)
     for way in WAYS:
         yield Case(way.name, partial(check, (args.stock, args.patched), extra,
                                      way), quick=way.quick)

@@ -198,8 +198,7 @@ class _Draw:
         binaries = rng.choices(((PATCHED, PATCHED), (STOCK, PATCHED),
                                 (PATCHED, STOCK)), (80, 10, 10))[0]
         self.binaries: Tuple[str, str] = binaries
-        self.holes = [binary == STOCK or not _chance(rng, 8)
-                      for binary in binaries]
+        self.holes = [binary == STOCK or not _chance(rng, 8) for binary in binaries]
         self.locked = [_chance(self.rng_later, 4) for _ in binaries]
         self.dirty = self._dirty()
         self.transport = self._transport()
@@ -244,8 +243,7 @@ class _Draw:
         if mode.saving:
             return [[*mode.saving], []]
         both = [*mode.capabilities]
-        if 'mapped-ram' not in both and self._both_patched() and \
-                _chance(rng, 40):
+        if 'mapped-ram' not in both and self._both_patched() and _chance(rng, 40):
             both.append('sparse-ram')
         if mode.postcopy and _chance(rng, 30):
             both.append('postcopy-blocktime')
@@ -255,8 +253,7 @@ class _Draw:
             both.append('return-path')
             if _chance(rng, 30):
                 both.append('switchover-ack')
-        for name, percent in (('validate-uuid', 20),
-                              ('late-block-activate', 10)):
+        for name, percent in (('validate-uuid', 20), ('late-block-activate', 10)):
             if _chance(rng, percent):
                 both.append(name)
         for name, percent in (('auto-converge', 15), ('release-ram', 15)):
@@ -282,8 +279,7 @@ class _Draw:
         both: Dict[str, Any] = {}
         detection = ('none', 'legacy', 'multifd')
         if _chance(rng, 50):
-            source['zero-page-detection'] = rng.choices(
-                detection, (15, 35, 50))[0]
+            source['zero-page-detection'] = rng.choices(detection, (15, 35, 50))[0]
         if self.mode in _MULTIFD:
             both['multifd-channels'] = rng.choice((1, 2, 3, 4, 8))
         if self.mode == 'multifd':
@@ -294,8 +290,7 @@ class _Draw:
         if self.mode == 'mapped-ram-multifd' and _chance(rng, 40):
             both['direct-io'] = True
         if 'xbzrle' in self.capabilities[0]:
-            source['xbzrle-cache-size'] = rng.choice((1 << 16, 1 << 20,
-                                                      1 << 26))
+            source['xbzrle-cache-size'] = rng.choice((1 << 16, 1 << 20, 1 << 26))
         if (self.mode == 'multifd' and self.transport == 'tcp'
                 and both['multifd-compression'] == 'none'
                 and _chance(rng, 15)):
@@ -390,8 +385,7 @@ class _Draw:
         if self.dirty == 'guest':
             # Room for what the guest writes to
             block = self._block(False, 10)
-            return (Block(rng.choice((24, 32, 40)), block.source,
-                          block.destination),)
+            return (Block(rng.choice((24, 32, 40)), block.source, block.destination),)
         count = rng.choices((1, 2, 3), (70, 20, 10))[0]
         blocks: List[Block] = []
         for _ in range(count):
@@ -416,8 +410,7 @@ class _Draw:
         properties: Dict[str, Any] = {
             'x-clear-bitmap-shift': rng.choice((6, 7, 9, 12, 18))}
         if self.mode in _MULTIFD and _chance(rng, 50):
-            properties['multifd-flush-after-each-section'] = rng.choice(
-                ('on', 'off'))
+            properties['multifd-flush-after-each-section'] = rng.choice(('on', 'off'))
         return Case(
             seed=self.seed, mode=self.mode, transport=self.transport,
             source=sides[0], destination=sides[1], blocks=self._blocks(),
@@ -441,8 +434,7 @@ def policy(case: Case, block: Block) -> str:
     """
     side = block.destination
     backend = BACKENDS[side.backend]
-    if not case.destination.keeps_holes or side.prealloc or \
-            case.destination.locked:
+    if not case.destination.keeps_holes or side.prealloc or case.destination.locked:
         return 'any'
     if case.zero_page_detection == 'none':
         return 'any'            # all pages arrive as data

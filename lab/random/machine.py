@@ -190,8 +190,7 @@ class Memory:
 class Machine:
     """One side of a case."""
 
-    def __init__(self, name: str, case: Case, side: Side, setup: Setup,
-                 directory: str):
+    def __init__(self, name: str, case: Case, side: Side, setup: Setup, directory: str):
         self.name = name
         self.case = case
         self.side = side
@@ -203,12 +202,10 @@ class Machine:
         self.guest = WriterGuest(case.seed, self.blocks[0].size,
                                  f'{directory}/{name}') \
             if case.dirty == 'guest' else None
-        self.qemu = Qemu(name, setup.binaries[self._binary()],
-                         self._arguments())
+        self.qemu = Qemu(name, setup.binaries[self._binary()], self._arguments())
 
     def _binary(self) -> str:
-        if self.name == 'destination' and \
-                self._setup.sabotage == 'stock-destination':
+        if self.name == 'destination' and self._setup.sabotage == 'stock-destination':
             return STOCK
         return self.side.binary
 
@@ -247,8 +244,7 @@ class Machine:
 
     def _credentials(self) -> str:
         """An object; both sides have the same key."""
-        with open(f'{self._directory}/keys.psk', 'w',
-                  encoding='ascii') as file:
+        with open(f'{self._directory}/keys.psk', 'w', encoding='ascii') as file:
             file.write(_KEYS)
         endpoint = 'server' if self.name == 'destination' else 'client'
         return (f'tls-creds-psk,id={TLS},dir={self._directory},'
@@ -289,8 +285,7 @@ class Machine:
             raise Wrong(f'{block.name}: a read at {offset:#x} got {got.hex()}, '
                         f'not {right.hex()}')
 
-    def random_place(self, rng: random.Random,
-                     length: int) -> Tuple[Memory, int]:
+    def random_place(self, rng: random.Random, length: int) -> Tuple[Memory, int]:
         """A block, and an offset where length bytes are RAM."""
         block = self.blocks[rng.randrange(len(self.blocks))]
         while True:

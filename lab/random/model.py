@@ -9,8 +9,7 @@ A set of pages is a bytearray with 1 for each page that is in it.
 """
 
 import random
-from typing import (Callable, Dict, Iterable, List, Optional, Sequence,
-                    Tuple)
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from lab.memory import PAGE_SIZE as PAGE
 from lab.ram import HUGE_PAGE as THP, Extent
@@ -123,8 +122,7 @@ class Content:
         kind = mixed >> 28
         if kind > 1:
             start = (mixed >> 8) % self._NOISE
-            return number.to_bytes(8, 'little') + \
-                self._noise[start:start + PAGE - 8]
+            return number.to_bytes(8, 'little') + self._noise[start:start + PAGE - 8]
         at = PAGE - 1 if kind == 0 else mixed % PAGE
         page = bytearray(PAGE)
         page[at] = 1 + mixed % 255
@@ -183,8 +181,7 @@ class BlockModel:
         """Somebody read at offset."""
         self.written[offset // PAGE] = 1
 
-    def differing(self, content: bytes,
-                  others: Sequence[bytes] = ()) -> List[int]:
+    def differing(self, content: bytes, others: Sequence[bytes] = ()) -> List[int]:
         """Pages of content that are not as they have to be.
 
         others: a page that is as in one of these is right as well.
@@ -223,8 +220,7 @@ def minus(one: bytes, other: bytes) -> List[int]:
     left = int.from_bytes(one, 'little') & ~int.from_bytes(other, 'little')
     if not left:
         return []
-    return [page for page, flag
-            in enumerate(left.to_bytes(len(one), 'little')) if flag]
+    return [page for page, flag in enumerate(left.to_bytes(len(one), 'little')) if flag]
 
 
 def in_units(flags: bytes, unit: int, first: int = 0) -> bytearray:

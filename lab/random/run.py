@@ -17,7 +17,7 @@ from lab import UserError, host
 from lab.memory import MIB, available
 from lab.migrate import MigrationFailed, create_qcow2, listen, run_job, watched
 from lab.modes import TCP
-from lab.outcome import (FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong)
+from lab.outcome import FAILED, PASSED, SKIPPED, Outcome, Unavailable, Wrong
 from lab.qemu import GuestError
 from lab.ram import Ram
 from lab.random.case import Case, Side, policy, source_reads
@@ -50,8 +50,7 @@ def _require(case: Case, directory: str, stack: ExitStack) -> None:
     host.require_shm(sum((block.size + 1) * MIB for block in case.blocks
                          for side in (block.source, block.destination)
                          if side.backend.startswith('shm')))
-    if case.source.parameters.get('direct-io') and \
-            not host.direct_io_works(directory):
+    if case.source.parameters.get('direct-io') and not host.direct_io_works(directory):
         raise Unavailable(f'no O_DIRECT in {os.path.dirname(directory)} '
                           '(set TMPDIR)')
     if any(side.locked for side in (case.source, case.destination)) and \
@@ -76,8 +75,7 @@ class Migration:
         self._say = setup.say
         self._directory = directory
         self._rng = random.Random(f'{case.seed} run')
-        self._pending = (self._rng.randrange(1, 12)
-                         if case.dirty == 'qtest' else 0)
+        self._pending = (self._rng.randrange(1, 12) if case.dirty == 'qtest' else 0)
         self._accesses = self._rng.randrange(1, 24)
         self._done: List[str] = []
         self._batches = 0
@@ -130,14 +128,12 @@ class Migration:
         if self.case.transport == 'exec':
             return ('exec:cat > ' if name == 'source' else 'exec:cat ') + path
         if self.case.transport == 'fd':
-            flags = (os.O_CREAT | os.O_WRONLY if name == 'source'
-                     else os.O_RDONLY)
+            flags = (os.O_CREAT | os.O_WRONLY if name == 'source' else os.O_RDONLY)
             fd = os.open(path, flags | os.O_CLOEXEC)
             getattr(self, name).qemu.send_fd('migration', fd)
             os.close(fd)
             return 'fd:migration'
-        offset = ',offset=0x3000' if self.case.transport == 'file-offset' \
-            else ''
+        offset = ',offset=0x3000' if self.case.transport == 'file-offset' else ''
         return f'file:{path}{offset}'
 
     # An internal snapshot
@@ -160,8 +156,7 @@ class Migration:
         # Nothing to be done meanwhile needs no time
         hurry = (not self.case.dirty and self.case.switch is None
                  and self._rng.randrange(4))
-        self._set(self.source, 'max-bandwidth',
-                  _FAST if hurry else self.case.bandwidth)
+        self._set(self.source, 'max-bandwidth', _FAST if hurry else self.case.bandwidth)
         self._say(f'source: migrate {uri}')
         self._started = time.monotonic()
         self.source.qemu.qmp('migrate', uri=uri)
@@ -188,8 +183,7 @@ class Migration:
             if status == 'completed':
                 break
             if status in ('failed', 'cancelled'):
-                raise MigrationFailed(
-                    f'source: {status}: {info.get("error-desc")}')
+                raise MigrationFailed(f'source: {status}: {info.get("error-desc")}')
             self._act(info)
             time.sleep(_POLL)
         if not self.source.guest:
@@ -221,8 +215,7 @@ class Migration:
                 self._set(self.source, 'max-bandwidth', _FAST)
         elif self.source.guest:
             self._let_guest_write(syncs)
-        elif (case.switch is None or 'switch' in self._done) and \
-                self._once('hurry'):
+        elif (case.switch is None or 'switch' in self._done) and self._once('hurry'):
             self._set(self.source, 'max-bandwidth', _FAST)
 
     def _let_guest_write(self, syncs: int) -> None:
@@ -290,8 +283,7 @@ class Migration:
         while True:
             info = self.destination.qemu.query_migrate()
             status = info.get('status')
-            if status == 'completed' and \
-                    self.destination.qemu.status() != 'inmigrate':
+            if status == 'completed' and self.destination.qemu.status() != 'inmigrate':
                 break
             if status in ('failed', 'cancelled'):
                 raise MigrationFailed(
@@ -376,16 +368,14 @@ class Check:
 
     def _content(self, machine: Machine, block: Memory) -> None:
         others: List[bytes] = []
-        if machine is self.source and \
-                'release-ram' in self.case.source.capabilities:
+        if machine is self.source and 'release-ram' in self.case.source.capabilities:
             # What was sent is zero.  Of a private mapping, some pages are not
             # punched in the file, and then read as they did when they were there
             # only.
             others = [bytes(block.size), block.initial().content]
         wrong = block.model.differing(block.ram.read(), others)
         if machine.guest:
-            wrong = [page for page in wrong
-                     if not machine.guest.is_its_own(page)]
+            wrong = [page for page in wrong if not machine.guest.is_its_own(page)]
         if wrong:
             self.complaints.append(f'{block.name}: {some(wrong)} do not have '
                                    'the content that they have to have')
@@ -419,8 +409,7 @@ def _last_words(machine: Machine) -> str:
         return f'{machine.name}: did not start'
     try:
         info = qemu.query_migrate()
-        state = {key: info[key] for key in ('status', 'error-desc')
-                 if key in info}
+        state = {key: info[key] for key in ('status', 'error-desc') if key in info}
     except (GuestError, OSError, AttributeError) as err:
         state = {'gone': str(err)}
     printed = qemu.end().strip()
@@ -430,12 +419,10 @@ def _last_words(machine: Machine) -> str:
 
 def _run(case: Case, setup: Setup) -> None:
     with ExitStack() as stack:
-        directory = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix='random-'))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix='random-'))
         _require(case, directory, stack)
         source = Machine('source', case, case.source, setup, directory)
-        destination = Machine('destination', case, case.destination, setup,
-                              directory)
+        destination = Machine('destination', case, case.destination, setup, directory)
         try:
             stack.enter_context(source.started())
             stack.enter_context(destination.started())
@@ -455,8 +442,7 @@ def _without_sparse_ram(case: Case) -> Case:
         return replace(each, capabilities=tuple(
             name for name in each.capabilities if name != 'sparse-ram'))
 
-    return replace(case, source=side(case.source),
-                   destination=side(case.destination))
+    return replace(case, source=side(case.source), destination=side(case.destination))
 
 
 def run_case(case: Case, setup: Setup) -> Outcome:

@@ -29,12 +29,10 @@ _TIMEOUT = 50.0                 # seconds
 
 
 def _read_number(block: Ram, name: str) -> int:
-    return writer.parse_table(
-        block.read(writer.assemble().addresses[name], 4))[0]
+    return writer.parse_table(block.read(writer.assemble().addresses[name], 4))[0]
 
 
-def _write(model: BlockModel, page: int,
-           words: Iterable[Tuple[int, int]]) -> None:
+def _write(model: BlockModel, page: int, words: Iterable[Tuple[int, int]]) -> None:
     for offset, word in words:
         model.write(_BASE + page * PAGE + offset, struct.pack('<I', word))
 
@@ -80,8 +78,7 @@ class WriterGuest:
 
     def check_itself(self, qemu: Qemu, qtest: Qtest) -> None:
         """Let it check all of its pages, and run on; it must be stopped."""
-        qtest.write(writer.assemble().addresses['VERIFY'],
-                    b'\1\0\0\0')
+        qtest.write(writer.assemble().addresses['VERIFY'], b'\1\0\0\0')
         qemu.qmp('cont')
         self._wait_for('V', 1)
         self.wait_until_it_writes()
@@ -93,8 +90,7 @@ class WriterGuest:
         for page, sequence in enumerate(table):
             if sequence:
                 _write(model, page, writer.expected_words(page, sequence))
-        last, current = (_read_number(block, name)
-                         for name in ('SEQUENCE', 'CURRENT'))
+        last, current = (_read_number(block, name) for name in ('SEQUENCE', 'CURRENT'))
         if last not in table and current < self._pages:
             model.touch(_BASE + current * PAGE)     # reading may populate it
             _write(model, current, writer.unfinished_words(

@@ -20,8 +20,7 @@ from unittest import mock
 from lab import bench, content, memory
 from lab.measure import operation, ping, report, rows, summary
 from lab.measure.operation import Growth, Measurement, Times
-from lab.measure.rows import (AtMost, HolesAreRight, PairedRatioAtMost,
-                              RatioAtMost)
+from lab.measure.rows import AtMost, HolesAreRight, PairedRatioAtMost, RatioAtMost
 from lab.measure.summary import RowResult
 from lab.memory import GIB, MIB, PAGE_SIZE
 from lab.migrate import MigrationFailed
@@ -84,16 +83,13 @@ class Fill(unittest.TestCase):
                              bool(number % 2))
         if self.ram.ram.allocated() != self.SIZE // 2:
             self.skipTest('shmem huge pages: every second page fills all')
-        self.assertEqual(operation.count_holes(self.ram.ram, 'memfd'),
-                         self.pages // 2)
-        self.assertIsNone(operation.count_holes(self.ram.ram,
-                                                'memfd-private'))
+        self.assertEqual(operation.count_holes(self.ram.ram, 'memfd'), self.pages // 2)
+        self.assertIsNone(operation.count_holes(self.ram.ram, 'memfd-private'))
 
     def test_what_cannot_be_written_is_an_error(self):
         for pwrite in ({'return_value': 0}, {'side_effect': OSError(
                 errno.ENOSPC, 'No space left')}):
-            with mock.patch.object(os, 'pwrite', **pwrite), \
-                 self.assertRaises(OSError):
+            with mock.patch.object(os, 'pwrite', **pwrite), self.assertRaises(OSError):
                 content.fill(self.ram.ram)
 
     def test_a_file_that_only_a_mapping_can_write(self):
@@ -125,8 +121,7 @@ class Scatter(unittest.TestCase):
         self.assertEqual(os.fstat(ram.fd).st_size, self.SIZE)
         if ram.ram.allocated() != self.DATA:
             self.skipTest('shmem huge pages: more than the data is allocated')
-        self.assertEqual({end - start for start, end in extents},
-                         {content.EXTENT})
+        self.assertEqual({end - start for start, end in extents}, {content.EXTENT})
 
     def test_no_part_of_an_extent(self):
         ram = Memfd(self, self.SIZE)
@@ -180,8 +175,7 @@ class Events(unittest.TestCase):
              'timestamp': {'seconds': 3, 'microseconds': 250000}},
             {'event': 'MIGRATION', 'data': {'status': 'completed'},
              'timestamp': {'seconds': 4, 'microseconds': 0}}]
-        self.assertEqual(guest.migration_times(),
-                         {'device': 3.25, 'completed': 4})
+        self.assertEqual(guest.migration_times(), {'device': 3.25, 'completed': 4})
 
 
 class OwnFile(unittest.TestCase):
@@ -195,8 +189,7 @@ class OwnFile(unittest.TestCase):
                     self.assertEqual(status.st_blocks * 512, allocated)
                 self.assertFalse(os.path.exists(name))
             with contextlib.ExitStack() as stack:
-                self.assertEqual(operation.ram_file(stack, 'memfd', MIB,
-                                                    directory), '')
+                self.assertEqual(operation.ram_file(stack, 'memfd', MIB, directory), '')
 
 
 class PrivateRam(unittest.TestCase):
@@ -293,8 +286,7 @@ class Ping(unittest.TestCase):
         self.assertGreaterEqual(longest, 0.5)
 
     def test_an_event_is_no_answer(self):
-        self.assertGreaterEqual(
-            self.longest((0.1, 0), b'{"event": "STOP"}\n')[1], 0.1)
+        self.assertGreaterEqual(self.longest((0.1, 0), b'{"event": "STOP"}\n')[1], 0.1)
         self.assertEqual(set(self.asked[1:]), {'query-status'})
 
     def test_a_guest_that_is_killed_is_no_error(self):
@@ -316,8 +308,7 @@ class Process(unittest.TestCase):
 
         with mmap.mmap(-1, 32 * MIB) as area:
             area.write(bytes(32 * MIB))
-        self.assertGreaterEqual(resident().rss_peak,
-                                resident().rss + 16 * MIB)
+        self.assertGreaterEqual(resident().rss_peak, resident().rss + 16 * MIB)
         reset_rss_peak(os.getpid())
         self.assertLess(resident().rss_peak, resident().rss + 16 * MIB)
 
@@ -359,8 +350,7 @@ class Rows(unittest.TestCase):
                              replace(each.subject, label='', qemu=''))
             # By default, what is left for the downtime is a matter of luck
             if not each.operation.mode.file:
-                self.assertEqual(
-                    each.operation.mode.parameters['downtime-limit'], 0)
+                self.assertEqual(each.operation.mode.parameters['downtime-limit'], 0)
 
     def test_fast_has_a_goal(self):
         for each in rows.FAST:
@@ -392,8 +382,7 @@ class Rows(unittest.TestCase):
 
     def test_select(self):
         def names(*patterns):
-            return [each.name
-                    for each in rows.select(rows.GROWTH, patterns)]
+            return [each.name for each in rows.select(rows.GROWTH, patterns)]
 
         self.assertEqual(names('precopy'), ['precopy'])
         self.assertEqual(names('multifd*'),
@@ -426,8 +415,7 @@ class Statistics(unittest.TestCase):
 
     def test_interval_of_a_median(self):
         # Of n values, the median is outside of all with 2 / 2 ** n
-        self.assertEqual(summary.median_interval([3.0, 1.0, 2.0]),
-                         (1.0, 3.0, 0.75))
+        self.assertEqual(summary.median_interval([3.0, 1.0, 2.0]), (1.0, 3.0, 0.75))
         self.assertEqual(summary.median_interval([7.0]), (7.0, 7.0, 0.0))
         # 1 - 2 * (1 + 11) / 2048; without two at each end it is 0.935
         low, high, confidence = summary.median_interval(
@@ -483,8 +471,7 @@ class Judge(unittest.TestCase):
                 (ratio, measurement(1.03), False)):
             with self.subTest(target=target, patched=patched):
                 # Only the subject is judged
-                verdict = self.verdict(target, [patched],
-                                       [measurement(source=1 * GIB)])
+                verdict = self.verdict(target, [patched], [measurement(source=1 * GIB)])
                 self.assertIs(verdict.met, met)
                 self.assertEqual(verdict.word, 'met' if met else 'missed')
 
@@ -497,8 +484,7 @@ class Judge(unittest.TestCase):
                  'total time, patched over stock <= 1.02', '1.234')):
             verdict = self.verdict(target, [measurement(1.234, source=MIB)],
                                    [measurement()])
-            self.assertEqual((verdict.target, verdict.measured),
-                             (words, measured))
+            self.assertEqual((verdict.target, verdict.measured), (words, measured))
 
     def test_paired_ratio(self):
         target = PairedRatioAtMost('downtime', 1.02)
@@ -511,8 +497,7 @@ class Judge(unittest.TestCase):
                 target, [measurement(downtime=each) for each in patched],
                 stock)
             self.assertEqual(verdict.word, word, patched)
-            self.assertEqual(verdict.target,
-                             'downtime, patched over stock <= 1.02')
+            self.assertEqual(verdict.target, 'downtime, patched over stock <= 1.02')
             if len(patched) == 3 and word == 'missed':
                 self.assertEqual(verdict.measured, '1.040 (1.030 to 2.000, 75 %)')
         self.assertEqual(verdict.measured, '2.000 (of one pair)')
@@ -525,8 +510,7 @@ class Judge(unittest.TestCase):
                                             measurement(holes=5),
                                             measurement(holes=holes)])
             self.assertIs(verdict.met, met, holes)
-        self.assertTrue(self.verdict(
-            target, [measurement(holes=0, expected=0)]).met)
+        self.assertTrue(self.verdict(target, [measurement(holes=0, expected=0)]).met)
 
     def test_not_measured_is_not_met(self):
         for target in (AtMost('source_growth', 1), HolesAreRight(),
@@ -599,18 +583,15 @@ class Text(unittest.TestCase):
 
     def test_notes(self):
         self.assertEqual(summary.notes([self.result]), [])
-        smaller = RowResult(row(largest=1 * GIB, why='of the moon'), 1 * GIB,
-                            8 * GIB)
+        smaller = RowResult(row(largest=1 * GIB, why='of the moon'), 1 * GIB, 8 * GIB)
         self.assertIn('1 GiB instead of 8 GiB, of the moon',
                       summary.notes([smaller])[0])
         smaller.size = 512 * MIB
         self.assertNotIn('moon', summary.notes([smaller])[0])
         skipped = RowResult(row(), GIB, GIB, skipped='no reason')
-        self.assertEqual(summary.notes([skipped]),
-                         ['name: skipped, no reason.'])
+        self.assertEqual(summary.notes([skipped]), ['name: skipped, no reason.'])
         failed = RowResult(row(), GIB, GIB, failures={'stock': 'gone'})
-        self.assertEqual(summary.notes([failed]),
-                         ['name: stock FAILED, gone'])
+        self.assertEqual(summary.notes([failed]), ['name: stock FAILED, gone'])
 
     def test_json(self):
         data = json.loads(json.dumps(summary.as_dict(self.result)))
@@ -656,8 +637,7 @@ class Limits(unittest.TestCase):
 
     def test_why_not(self):
         def why_not(name, direct_io=True, **less):
-            return bench.why_not(self.row(name), replace(self.LOTS, **less),
-                                 direct_io)
+            return bench.why_not(self.row(name), replace(self.LOTS, **less), direct_io)
 
         self.assertIsNone(why_not('precopy'))
         self.assertIn('nr_hugepages=2048', why_not('hugetlb', huge_pages=0))
@@ -735,8 +715,7 @@ class Runs(unittest.TestCase):
             self.args.only, self.args.save = ['harm*', 'fast'], True
             bench.print_report(done)
             self.assertEqual(os.listdir(directory), ['bench-harm-fast.rst'])
-            with open(f'{directory}/bench-harm-fast.rst',
-                      encoding='utf-8') as file:
+            with open(f'{directory}/bench-harm-fast.rst', encoding='utf-8') as file:
                 text = file.read()
         self.assertIn('SPDX-License-Identifier: GPL-2.0-or-later', text)
         self.assertIn('Linux', text)
@@ -755,8 +734,7 @@ class Runs(unittest.TestCase):
         self.assertTrue(data['complete'])
         self.assertEqual(data['qemu']['stock']['version'], '10.0.13')
         self.assertEqual(len(data['rows'][0]['runs']['stock']), 3)
-        self.assertEqual(os.listdir(self.args.directory),
-                         ['bench-partial.json'])
+        self.assertEqual(os.listdir(self.args.directory), ['bench-partial.json'])
 
 
 class CommandLine(unittest.TestCase):

@@ -24,10 +24,8 @@ MOUNTS = """\
 
 class Parse(unittest.TestCase):
     def test_version_1(self):
-        self.assertEqual(cgroup.parse_own('5:memory:/a/b\n0::/\n'),
-                         (False, '/a/b'))
-        self.assertEqual(cgroup.parse_own('0::/\n5:cpu,memory:/a:b\n'),
-                         (False, '/a:b'))
+        self.assertEqual(cgroup.parse_own('5:memory:/a/b\n0::/\n'), (False, '/a/b'))
+        self.assertEqual(cgroup.parse_own('0::/\n5:cpu,memory:/a:b\n'), (False, '/a:b'))
 
     def test_version_2(self):
         self.assertEqual(cgroup.parse_own('0::/user.slice/x\n'),

@@ -355,8 +355,7 @@ class Refused(Project):
     def test_wrong_tree(self) -> None:
         """Of another base, or of none."""
         self.make_edit()
-        self.refused('is QEMU 9.2: say BASE=9.2', 'save-series', self.edit,
-                     base='9.0')
+        self.refused('is QEMU 9.2: say BASE=9.2', 'save-series', self.edit, base='9.0')
         self.git('tag', '-d', 'base')
         self.refused('has no tag base')
         shutil.rmtree(self.edit)
@@ -435,8 +434,7 @@ class OneSet(Project):
         """What conflicts is left to git; the rest is carried over."""
         self.make_edit('9.0')
         self.make_edit()
-        self.replace('migration/other.c', 'new_name', 'newer_name',
-                     'migration: rename')
+        self.replace('migration/other.c', 'new_name', 'newer_name', 'migration: rename')
         self.replace('migration/ram.c', 'line_30', 'l30', 'migration: more')
         output = self.script('save-series')
         self.assertIn('9.0 needs make port BASE=9.0: migration-rename.patch', output)

@@ -28,11 +28,9 @@ class Drawing(unittest.TestCase):
 
     def test_everything_is_drawn(self):
         drawn = [cases.draw(seed) for seed in range(4000)]
-        self.assertEqual({case.fault for case in drawn},
-                         set(cases.FAULTS) - {'held'})
+        self.assertEqual({case.fault for case in drawn}, set(cases.FAULTS) - {'held'})
         self.assertEqual({case.mode for case in drawn}, set(cases.MODES))
-        self.assertEqual({case.source for case in drawn},
-                         set(cases.BACKENDS))
+        self.assertEqual({case.source for case in drawn}, set(cases.BACKENDS))
         self.assertEqual({rule.call for case in drawn
                           for _, rule in case.rules}, set(failcalls.CALLS))
         self.assertEqual({(cut.how, cut.direction, cut.channel > 0)
@@ -75,8 +73,7 @@ class Drawing(unittest.TestCase):
         fixed = cases.fixed()
         names = [name for name, _ in fixed]
         self.assertEqual(len(names), len(set(names)))
-        fails = {(rule.call, rule.error) for _, case in fixed
-                 for _, rule in case.rules}
+        fails = {(rule.call, rule.error) for _, case in fixed for _, rule in case.rules}
         for call in ('lseek', 'fallocate'):
             for name in cases.ERRNOS[call]:
                 self.assertIn((call, name), fails)
@@ -154,8 +151,7 @@ class Channel(unittest.TestCase):
         self.addCleanup(self.listener.close)
         self.listener.bind(path)
         self.listener.listen()
-        self.proxy = Proxy(f'unix:{path}',
-                           f'unix:{self.directory}/proxy')
+        self.proxy = Proxy(f'unix:{path}', f'unix:{self.directory}/proxy')
 
     def connect(self):
         source = socket.socket(socket.AF_UNIX)
@@ -299,8 +295,7 @@ class Verdicts(unittest.TestCase):
         self.assertIsNone(verdict.must_complete(case, Ending(), 0))
         case = Case(0, 'precopy', 'cut')
         self.assertTrue(verdict.must_complete(case, Ending(), 0))
-        self.assertIsNone(verdict.must_complete(
-            case, Ending(happened=True), 0))
+        self.assertIsNone(verdict.must_complete(case, Ending(happened=True), 0))
         case = Case(0, 'precopy', 'tmpfs-full', limit=MIB)
         self.assertTrue(verdict.must_complete(case, Ending(), MIB // 2))
         self.assertIsNone(verdict.must_complete(case, Ending(), MIB))
@@ -309,8 +304,7 @@ class Verdicts(unittest.TestCase):
         lost = Ending('failed', 'postcopy-paused', happened=True)
         self.assertEqual(known.recognize(Case(0, 'postcopy', 'cut'), lost,
                                          None), known.POSTCOPY_END)
-        self.assertEqual(known.recognize(Case(0, 'precopy', 'cut'), lost,
-                                         None), '')
+        self.assertEqual(known.recognize(Case(0, 'precopy', 'cut'), lost, None), '')
         self.assertEqual(known.recognize(
             Case(0, 'mapped-ram-multifd', 'truncate'), Ending(), -11),
             known.MAPPED_RAM_SHORT)
@@ -323,8 +317,7 @@ class Verdicts(unittest.TestCase):
         waiting = {'main': ['futex_do_wait'], 'mig/dst/recv_0': ['x']}
         self.assertTrue(known.waits_for_channel('destination', waiting, 2))
         self.assertFalse(known.waits_for_channel('destination', waiting, 1))
-        self.assertFalse(known.waits_for_channel(
-            'destination', {'main': ['poll']}, 2))
+        self.assertFalse(known.waits_for_channel('destination', {'main': ['poll']}, 2))
         self.assertFalse(known.waits_for_channel('source', waiting, 2))
         self.assertTrue(known.waits_for_channel(
             'source', {'mig/src/main': ['futex_do_wait']}, 2))

@@ -64,8 +64,7 @@ class Parsing(unittest.TestCase):
         parsed = fuzz.Stream(stream(*records))
         self.assertEqual(parsed.records, records + [END])
         self.assertTrue(stream(*records).startswith(parsed.head))
-        self.assertTrue(parsed.head.endswith(
-            bytes([SECTION_PART]) + SECTION))
+        self.assertTrue(parsed.head.endswith(bytes([SECTION_PART]) + SECTION))
 
     def test_no_ram(self):
         with self.assertRaisesRegex(StreamError, 'no section of RAM'):
@@ -144,8 +143,7 @@ class WithQemu(unittest.TestCase):
         subprocess.run([sys.executable, ANALYZE, '-x', '-f', self.path],
                        cwd=self.directory, check=True,
                        stdout=subprocess.DEVNULL)
-        with open(os.path.join(self.directory, fuzz.BLOCK.decode()),
-                  'rb') as file:
+        with open(os.path.join(self.directory, fuzz.BLOCK.decode()), 'rb') as file:
             return file.read()
 
     def test_analyze(self):

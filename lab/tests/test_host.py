@@ -42,8 +42,7 @@ class Cpus(unittest.TestCase):
 
     def test_no_limit(self):
         self.assertEqual(self.cpus({}), 8)
-        with mock.patch.object(host, 'own_directories',
-                               side_effect=Unavailable):
+        with mock.patch.object(host, 'own_directories', side_effect=Unavailable):
             self.assertEqual(host.cpus(), len(os.sched_getaffinity(0)))
 
 
@@ -124,8 +123,7 @@ class Userfaultfd(unittest.TestCase):
     def test_who_may_not(self):
         if os.geteuid():
             self.skipTest('only root can be somebody else')
-        with open('/proc/sys/vm/unprivileged_userfaultfd',
-                  encoding='ascii') as file:
+        with open('/proc/sys/vm/unprivileged_userfaultfd', encoding='ascii') as file:
             for_all = file.read().strip() == '1'
         if for_all or os.path.exists('/dev/userfaultfd') and \
                 os.stat('/dev/userfaultfd').st_mode & 0o006:
@@ -147,5 +145,4 @@ class Userfaultfd(unittest.TestCase):
 
         self.assertTrue(works(-1))
         self.assertFalse(works(-1, by_device=False))
-        self.assertTrue(works(os.open('/dev/null', os.O_RDONLY),
-                              by_device=False))
+        self.assertTrue(works(os.open('/dev/null', os.O_RDONLY), by_device=False))

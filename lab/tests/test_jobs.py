@@ -13,8 +13,7 @@ class SideBySide(unittest.TestCase):
         for processes in (False, True):
             taken = []
             tasks = (taken.append(number) or number for number in range(20))
-            for done, result in enumerate(
-                    side_by_side(abs, tasks, 2, processes)):
+            for done, result in enumerate(side_by_side(abs, tasks, 2, processes)):
                 # Two may be done when the first of them is told
                 self.assertLessEqual(len(taken), done + 2)
                 self.assertIn(result, taken)

@@ -13,8 +13,7 @@ from lab.memory import GIB, MIB
 
 class Values(unittest.TestCase):
     def test_sizes_are_doubled(self):
-        self.assertEqual([size // GIB for size in plot.sizes(9 * GIB)],
-                         [1, 2, 4, 8])
+        self.assertEqual([size // GIB for size in plot.sizes(9 * GIB)], [1, 2, 4, 8])
 
     def test_a_line_keeps_its_corners(self):
         samples = [(time, 5 * MIB, rss * MIB) for time, rss in
@@ -38,11 +37,9 @@ class Files(unittest.TestCase):
         self.plot = plot.Plot(directory, 'name', 'series,x,y')
 
     def test_values_come_back(self):
-        self.plot.write([['one, two', 1, 2.5], ['three', 3, 4.0]],
-                        ['size: 7'])
+        self.plot.write([['one, two', 1, 2.5], ['three', 3, 4.0]], ['size: 7'])
         comments, rows = self.plot.read()
-        self.assertEqual(rows, [['one, two', '1', '2.500'],
-                                ['three', '3', '4.000']])
+        self.assertEqual(rows, [['one, two', '1', '2.500'], ['three', '3', '4.000']])
         self.assertEqual(comments, [plot.report.LICENCE, 'size: 7', 'series,x,y'])
 
     def test_missing(self):

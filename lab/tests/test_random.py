@@ -59,15 +59,13 @@ class Draw(unittest.TestCase):
                 for side, qemu in ((block.source, case.source),
                                    (block.destination, case.destination)):
                     backend = BACKENDS[side.backend]
-                    if qemu.locked and not backend.shared and \
-                            backend.directory is None:
+                    if qemu.locked and not backend.shared and backend.directory is None:
                         self.assertTrue(side.in_process, str(case))
 
     def test_background_snapshot_goes_alone(self):
         for case in CASES:
             if case.mode == 'background-snapshot':
-                self.assertEqual(case.source.capabilities,
-                                 ('background-snapshot',))
+                self.assertEqual(case.source.capabilities, ('background-snapshot',))
                 self.assertEqual(case.dirty, '')
 
     def test_capabilities_that_need_another(self):
@@ -78,8 +76,7 @@ class Draw(unittest.TestCase):
         for case in CASES:
             for side in capabilities(case):
                 for one, other in needs.items():
-                    self.assertFalse(one in side and other not in side,
-                                     str(case))
+                    self.assertFalse(one in side and other not in side, str(case))
 
     def test_transport(self):
         for case in CASES:
@@ -122,8 +119,7 @@ class Draw(unittest.TestCase):
 
     def test_backends(self):
         for case in CASES:
-            sides = [(block.source, block.destination)
-                     for block in case.blocks]
+            sides = [(block.source, block.destination) for block in case.blocks]
             for one, other in sides:
                 kinds = BACKENDS[one.backend], BACKENDS[other.backend]
                 if case.postcopy:
@@ -158,16 +154,13 @@ class Draw(unittest.TestCase):
             'validate-uuid', 'auto-converge', 'mapped-ram', 'sparse-ram',
             'background-snapshot', 'zero-copy-send', 'switchover-ack',
             'late-block-activate', 'pause-before-switchover'}, drawn)
-        self.assertEqual({case.dirty for case in CASES},
-                         {'', 'qtest', 'guest'})
+        self.assertEqual({case.dirty for case in CASES}, {'', 'qtest', 'guest'})
         self.assertEqual({case.transport for case in CASES},
                          {'tcp', 'unix', 'fd', 'file', 'file-offset', 'exec',
                           'disk'})
-        sides = [side for case in CASES
-                 for side in (case.source, case.destination)]
+        sides = [side for case in CASES for side in (case.source, case.destination)]
         self.assertEqual({side.locked for side in sides}, {True, False})
-        self.assertIn(TLS, {side.parameters.get('tls-creds')
-                            for side in sides})
+        self.assertIn(TLS, {side.parameters.get('tls-creds') for side in sides})
 
     def test_describes_itself(self):
         text = str(random_case.draw(17))
@@ -214,8 +207,7 @@ class Policy(unittest.TestCase):
         locked = replace(self.case, destination=replace(
             self.case.destination, locked=True))
         self.assertEqual(random_case.policy(locked, self.block()), 'any')
-        off = replace(self.case, source=replace(self.case.source,
-                                                holes=False))
+        off = replace(self.case, source=replace(self.case.source, holes=False))
         self.assertTrue(random_case.source_reads(off, self.block()))
 
     def test_source(self):
@@ -261,14 +253,12 @@ class Models(unittest.TestCase):
             self.assertEqual(len(content.page(page)), PAGE)
             self.assertNotEqual(content.page(page), zero)
         self.assertEqual(self.model.content[:2 * PAGE], 2 * zero)
-        self.assertEqual(self.model.content[2 * PAGE:3 * PAGE],
-                         Content(1).page(2))
+        self.assertEqual(self.model.content[2 * PAGE:3 * PAGE], Content(1).page(2))
         self.assertEqual(list(self.model.nonzero), [0, 0, 1, 1])
 
     def test_some_pages_are_zero_but_for_a_byte(self):
         content = Content(3)
-        single = sum(content.page(page).count(0) == PAGE - 1
-                     for page in range(1000))
+        single = sum(content.page(page).count(0) == PAGE - 1 for page in range(1000))
         self.assertTrue(50 < single < 300, single)
 
     def test_write(self):
@@ -322,11 +312,9 @@ class Allocation(unittest.TestCase):
     def test_units(self):
         flags = bytearray(12)
         flags[5] = 1
-        self.assertEqual(list(model.in_units(flags, 4)),
-                         [0] * 4 + [1] * 4 + [0] * 4)
+        self.assertEqual(list(model.in_units(flags, 4)), [0] * 4 + [1] * 4 + [0] * 4)
         # Page 0 is the third of its unit
-        self.assertEqual(list(model.in_units(flags, 4, 2)),
-                         [0] * 2 + [1] * 4 + [0] * 6)
+        self.assertEqual(list(model.in_units(flags, 4, 2)), [0] * 2 + [1] * 4 + [0] * 6)
 
     def test_source_must_not_grow(self):
         before, written = b'\1\0\0', b'\0\1\0'
@@ -377,8 +365,7 @@ class Blocks(unittest.TestCase):
     def test_file_of_mapping(self):
         """Also where there are two numbers for a device, as on btrfs."""
         def is_of(device: int, inode: int, link: str) -> bool:
-            status = os.stat_result((0o100600, inode, device, 1, 0, 0, 0, 0, 0,
-                                     0))
+            status = os.stat_result((0o100600, inode, device, 1, 0, 0, 0, 0, 0, 0))
             return Mapping.parse('7f10-7f20 rw-s 00000000 00:1b 42 /tmp/a b\n'
                                  ).is_of(status, link)
 
@@ -396,5 +383,4 @@ class Random(unittest.TestCase):
     def test_generator(self):
         """If Python's generator changes, seeds in reports mean nothing."""
         rng = random.Random(1)
-        self.assertEqual([rng.randrange(1000) for _ in range(4)],
-                         [137, 582, 867, 821])
+        self.assertEqual([rng.randrange(1000) for _ in range(4)], [137, 582, 867, 821])

@@ -30,8 +30,7 @@ class Initramfs(unittest.TestCase):
 
     def test_device(self):
         entry = linux.cpio_entry('console', 0o020600, device=(5, 1))
-        self.assertEqual((int(entry[78:86], 16), int(entry[86:94], 16)),
-                         (5, 1))
+        self.assertEqual((int(entry[78:86], 16), int(entry[86:94], 16)), (5, 1))
 
     def test_end(self):
         self.assertIn(b'TRAILER!!!', linux.cpio_archive([]))

@@ -134,8 +134,7 @@ class Sanitizers(unittest.TestCase):
 
     def test_overflow(self):
         verdict = self.judge(OVERFLOW)
-        self.assertEqual(list(verdict.ours),
-                         ['heap-buffer-overflow:overflows'])
+        self.assertEqual(list(verdict.ours), ['heap-buffer-overflow:overflows'])
 
     def test_undefined(self):
         verdict = self.judge(UNDEFINED)

@@ -39,8 +39,7 @@ def files_in(patch: str) -> List[str]:
 
 def new_files_in(patch: str) -> List[str]:
     """Those that it brings."""
-    return re.findall(r'^diff --git a/(\S+) b/\S+\nnew file', patch,
-                      re.MULTILINE)
+    return re.findall(r'^diff --git a/(\S+) b/\S+\nnew file', patch, re.MULTILINE)
 
 
 def subject_of(path: str) -> str:
@@ -90,8 +89,7 @@ class Series(unittest.TestCase):
                 if os.path.exists(os.path.join(STOCK, file)):
                     os.makedirs(os.path.dirname(os.path.join(repo, file)),
                                 exist_ok=True)
-                    shutil.copy(os.path.join(STOCK, file),
-                                os.path.join(repo, file))
+                    shutil.copy(os.path.join(STOCK, file), os.path.join(repo, file))
             run('git', 'add', '-A', cwd=repo)
             run('git', 'commit', '-q', '-m', 'base', cwd=repo)
             run('git', '-c', 'apply.whitespace=error', 'am', '-q',
@@ -186,8 +184,7 @@ class Series(unittest.TestCase):
 class Identity(unittest.TestCase):
     """Who is asked for, and who not."""
 
-    @unittest.skipUnless(os.path.isdir(STOCK),
-                         "there is no QEMU source; make source")
+    @unittest.skipUnless(os.path.isdir(STOCK), "there is no QEMU source; make source")
     def test_unknown(self) -> None:
         """Nobody signs off what he did not say he would."""
         with tempfile.TemporaryDirectory(prefix='sparse-ram-') as home:

@@ -132,8 +132,7 @@ class Compare(unittest.TestCase):
         """Compare, and see that it allocated nothing."""
         before = self.one.ram.allocated(), self.other.ram.allocated()
         comparison = content.compare(self.one.ram, self.other.ram)
-        self.assertEqual(
-            (self.one.ram.allocated(), self.other.ram.allocated()), before)
+        self.assertEqual((self.one.ram.allocated(), self.other.ram.allocated()), before)
         return comparison
 
     def test_holes_are_equal(self):
@@ -197,8 +196,7 @@ class Machine(unittest.TestCase):
         """Of a cgroup with these files."""
         with tempfile.TemporaryDirectory() as directory:
             for name, text in files.items():
-                with open(f'{directory}/memory.{name}', 'w',
-                          encoding='ascii') as file:
+                with open(f'{directory}/memory.{name}', 'w', encoding='ascii') as file:
                     file.write(text)
             return memory.cgroup_headroom(directory, version_2)
 
@@ -206,8 +204,7 @@ class Machine(unittest.TestCase):
         stat = 'anon 1\ninactive_file 30\nactive_file 20\n'
         self.assertEqual(self.headroom(True, max='100\n', current='60\n',
                                        stat=stat), 90)
-        self.assertIsNone(self.headroom(True, max='max\n', current='60\n',
-                                        stat=stat))
+        self.assertIsNone(self.headroom(True, max='max\n', current='60\n', stat=stat))
         self.assertIsNone(self.headroom(True))
         stat = 'inactive_file 7\ntotal_inactive_file 30\ntotal_active_file 0\n'
         self.assertEqual(self.headroom(False, limit_in_bytes='100',
@@ -229,12 +226,10 @@ class Machine(unittest.TestCase):
 
 class Survivable(unittest.TestCase):
     def test_fits(self):
-        self.assertEqual(
-            memory.survivable(4 * GIB, 16 * GIB, 1 * GIB), 4 * GIB)
+        self.assertEqual(memory.survivable(4 * GIB, 16 * GIB, 1 * GIB), 4 * GIB)
 
     def test_is_halved_until_both_sides_fit(self):
-        self.assertEqual(
-            memory.survivable(4 * GIB, 9 * GIB - 1, 1 * GIB), 2 * GIB)
+        self.assertEqual(memory.survivable(4 * GIB, 9 * GIB - 1, 1 * GIB), 2 * GIB)
         self.assertEqual(memory.survivable(4 * GIB, 0, 0), memory.SMALLEST)
 
 
@@ -252,8 +247,7 @@ class Judge(unittest.TestCase):
 
     def test_different_ram_is_never_right(self):
         for name in ('patched', 'stock'):
-            self.assertEqual(
-                self.judge(**{name: result(0, 0, differing=1)}), 1)
+            self.assertEqual(self.judge(**{name: result(0, 0, differing=1)}), 1)
 
 
 def pressure(outcome) -> Pressure:
@@ -281,8 +275,7 @@ class JudgePressure(unittest.TestCase):
         table = report.pressure_table({
             'patched': pressure(result(0, 0)), 'stock': pressure(None)})
         self.assertRegex(table, 'patched +1 GiB +320 +90 +has all +yes')
-        self.assertRegex(table,
-                         'stock +1 GiB +320 +none +killed by the kernel +n/a')
+        self.assertRegex(table, 'stock +1 GiB +320 +none +killed by the kernel +n/a')
 
 
 class Report(unittest.TestCase):
@@ -338,8 +331,7 @@ class WatchdogTest(unittest.TestCase):
 
     def test_kills_when_memory_keeps_falling(self):
         killed = threading.Event()
-        with self.much_grace(), \
-             Watchdog(killed.set, 100, 60, available=lambda: 49):
+        with self.much_grace(), Watchdog(killed.set, 100, 60, available=lambda: 49):
             self.assertTrue(killed.wait(20))
 
     def test_kills_when_nobody_cancels(self):

@@ -24,14 +24,12 @@ def u64(value: int) -> bytes:
 
 
 def section(kind: int, *records: bytes) -> bytes:
-    return (bytes([kind]) + SECTION + b''.join(records) + u64(EOS) + b'\x7e' +
-            SECTION)
+    return (bytes([kind]) + SECTION + b''.join(records) + u64(EOS) + b'\x7e' + SECTION)
 
 
 def page(flags: int, number: int, body: bytes, name: bytes = NAME) -> bytes:
     """A record with a name; without, if that is empty."""
-    return (u64(number * PAGE | flags | (0 if name else CONTINUE)) + name +
-            body)
+    return (u64(number * PAGE | flags | (0 if name else CONTINUE)) + name + body)
 
 
 ONE, TWO = b'\x11' * PAGE, b'\x22' * PAGE
@@ -65,8 +63,7 @@ class Difference(unittest.TestCase):
         other = self.stream(sections[0], COMMAND, sections[1])
         self.assertEqual(other.tail, self.tail)
         self.assertIn('commands', difference(self.one, other))
-        self.assertIsNone(difference(
-            other, self.stream(*sections, COMMAND)))
+        self.assertIsNone(difference(other, self.stream(*sections, COMMAND)))
 
     def test_record(self):
         for record, said in ((page(ZERO, 2, b'\0'), 'zero page at 0x2000'),
@@ -80,14 +77,12 @@ class Difference(unittest.TestCase):
                 self.assertIn(said, difference(self.one, other))
 
     def test_missing(self):
-        other = self.stream(
-            section(2, page(DATA, 0, ONE), page(ZERO, 1, b'\0', b'')))
+        other = self.stream(section(2, page(DATA, 0, ONE), page(ZERO, 1, b'\0', b'')))
         self.assertEqual(difference(self.one, other), '3 and 2 records')
 
     def test_every_byte(self):
         """None can be changed without a difference."""
-        data = bytearray(self.head +
-                         section(2, page(DATA, 0, ONE)) + self.tail)
+        data = bytearray(self.head + section(2, page(DATA, 0, ONE)) + self.tail)
         one = Stream(bytes(data))
         # The type and the end of a section do not count, as long as there is
         # a section
@@ -137,8 +132,7 @@ class Multifd(unittest.TestCase):
 
     def test_packets(self):
         """How pages are put into packets makes no difference."""
-        other = (INIT + packet(0, [PAGE], [0x8000], TWO) +
-                 packet(0, [0], [], ONE))
+        other = (INIT + packet(0, [PAGE], [0x8000], TWO) + packet(0, [0], [], ONE))
         self.assertIsNone(multifd_difference(self.one, other))
 
     def test_zlib(self):
@@ -179,8 +173,7 @@ class Pattern(unittest.TestCase):
         for ram in one, other:
             content.write(ram, 3)
         self.assertTrue(content.compare(one, other).identical)
-        wanted = {kind: [] for kind in (content.DATA, content.ZERO,
-                                        content.HOLE)}
+        wanted = {kind: [] for kind in (content.DATA, content.ZERO, content.HOLE)}
         for kind, start, end in content.layout(self.size, 3):
             wanted[kind].append((start, end))
         self.assertEqual(content.nonzero(one), wanted[content.DATA])

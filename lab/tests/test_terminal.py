@@ -35,17 +35,13 @@ class Terminal(unittest.TestCase):
     def test_no_colour(self) -> None:
         """Not in a file, not on a dumb terminal, not with NO_COLOR."""
         with environment(TERM='xterm'):
-            self.assertEqual(
-                terminal.paint('no', terminal.RED, io.StringIO()), 'no')
+            self.assertEqual(terminal.paint('no', terminal.RED, io.StringIO()), 'no')
         with environment(TERM='dumb'):
-            self.assertEqual(
-                terminal.paint('no', terminal.RED, Screen()), 'no')
+            self.assertEqual(terminal.paint('no', terminal.RED, Screen()), 'no')
         with environment():
-            self.assertEqual(
-                terminal.paint('no', terminal.RED, Screen()), 'no')
+            self.assertEqual(terminal.paint('no', terminal.RED, Screen()), 'no')
         with environment(TERM='xterm', NO_COLOR='1'):
-            self.assertEqual(
-                terminal.paint('no', terminal.RED, Screen()), 'no')
+            self.assertEqual(terminal.paint('no', terminal.RED, Screen()), 'no')
 
     def test_status(self) -> None:
         """The line is cut to the width, and cleared once."""

@@ -42,8 +42,7 @@ class Firmware(unittest.TestCase):
         self.assertEqual(len(rom), 64 << 10)
         start = len(rom) - len(self.program.code)
         for name, value in (('BASE', 0x123000), ('SEED', 0xfedcba98)):
-            at = (start + self.program.addresses[name]
-                  - self.program.addresses['LOAD'])
+            at = (start + self.program.addresses[name] - self.program.addresses['LOAD'])
             self.assertEqual(struct.unpack_from('<I', rom, at), (value,))
             rom = rom[:at] + plain[at:at + 4] + rom[at + 4:]
         self.assertEqual(rom, plain)
@@ -56,8 +55,7 @@ class Words(unittest.TestCase):
         """Each fourth write."""
         for page in (0, 1, 77, 30000):
             for sequence in range(1, 64):
-                words = [word for _, word
-                         in writer.expected_words(page, sequence)]
+                words = [word for _, word in writer.expected_words(page, sequence)]
                 self.assertEqual(any(words), sequence % 4 != 0)
                 self.assertLess(max(words), 1 << 32)
 
@@ -76,8 +74,7 @@ class Words(unittest.TestCase):
             page = bytearray(4096)
             for offset, word in [*old, *new[:count]]:
                 struct.pack_into('<I', page, offset, word)
-            self.assertEqual(writer.unfinished_words(3, 9, page),
-                             new[:count])
+            self.assertEqual(writer.unfinished_words(3, 9, page), new[:count])
 
     def test_table(self) -> None:
         """32-bit numbers."""
