@@ -11,6 +11,7 @@ command line or something missing.
 """
 
 import argparse
+import csv
 import os
 import shutil
 import statistics
@@ -103,31 +104,28 @@ class Plot:
 
     def __init__(self, directory: str, name: str, columns: str):
         self._base = os.path.join(directory, name)
+        self._csv = f'{self._base}.csv'
         self._columns = columns
-
-    @property
-    def csv(self) -> str:
-        """The file with the values."""
-        return f'{self._base}.csv'
 
     def write(self, rows: Sequence[Sequence[object]], comments: Sequence[str]) -> None:
         """Replace the values."""
-        with open(self.csv, 'w', encoding='utf-8') as file:
+        with open(self._csv, 'w', encoding='utf-8') as file:
             for line in (report.LICENCE, *comments, self._columns):
                 file.write(f'# {line}\n')
-            for row in rows:
-                file.write(','.join(_cell(value) for value in row) + '\n')
+            writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator='\n')
+            writer.writerows([round(value, 3) if isinstance(value, float) else value
+                              for value in row] for row in rows)
 
     def read(self) -> Tuple[List[str], List[List[str]]]:
         """The comments, and the rows."""
         try:
-            with open(self.csv, encoding='utf-8') as file:
+            with open(self._csv, encoding='utf-8') as file:
                 lines = file.read().splitlines()
         except OSError as err:
-            raise UserError(f'cannot read {self.csv}: {err.strerror}; '
+            raise UserError(f'cannot read {self._csv}: {err.strerror}; '
                             'without --draw it is made') from err
         return ([line[2:] for line in lines if line.startswith('# ')],
-                [_fields(line) for line in lines if line[0] != '#'])
+                list(csv.reader(line for line in lines if line[0] != '#')))
 
     def draw(self, script: str, line: str) -> None:
         """Make the SVG of what is in the CSV.
@@ -148,18 +146,6 @@ class Plot:
         _gnuplot("set terminal svg size 800,500 font 'sans-serif,14' "
                  f"background 'white'\nset output '{svg}'\n{_STYLE}{script}")
         _label_svg(svg)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    return f'{value:.3f}' if isinstance(value, float) else str(value)
-
-
-def _fields(line: str) -> List[str]:
-    """Of a row: a name in quotation marks, and numbers."""
-    _, name, rest = line.split('"')
-    return [name, *rest.split(',')[1:]]
 
 
 def _data_block(number: int, rows: Sequence[Sequence[str]]) -> str:

@@ -39,7 +39,7 @@ class Files(unittest.TestCase):
     def test_values_come_back(self):
         self.plot.write([['one, two', 1, 2.5], ['three', 3, 4.0]], ['size: 7'])
         comments, rows = self.plot.read()
-        self.assertEqual(rows, [['one, two', '1', '2.500'], ['three', '3', '4.000']])
+        self.assertEqual(rows, [['one, two', '1', '2.5'], ['three', '3', '4.0']])
         self.assertEqual(comments, [plot.report.LICENCE, 'size: 7', 'series,x,y'])
 
     def test_missing(self):
@@ -53,7 +53,7 @@ class Files(unittest.TestCase):
              mock.patch.object(plot, '_label_svg'):
             self.plot.draw('set nothing\n', 'with lines dt {dash}')
         script, = scripts
-        self.assertIn("$series1 << END\n3 4.000\n5 6.000\nEND\n", script)
+        self.assertIn("$series1 << END\n3 4.0\n5 6.0\nEND\n", script)
         self.assertIn("$series0 with lines dt 1 title 'a'", script)
 
     def test_svg_says_its_licence(self):
