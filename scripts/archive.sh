@@ -83,6 +83,15 @@ write_sources()
     done
 }
 
+# The suites that there are besides SUITE, a line each: sid has none.
+more_suites()
+{
+    case $1 in
+    sid | unstable) ;;
+    *) printf '%s\n' "$1-updates" "$1-security" ;;
+    esac
+}
+
 # open_archive TYPE SUITE...: sets the private configuration up for these
 # suites and fetches their indices; dies if there is no Debian archive or no
 # network. TYPE is deb or deb-src. A suite that has gone is no failure.

@@ -32,6 +32,13 @@ die()
     exit 1
 }
 
+# The same for what is not this machine's fault: who calls this skips something.
+unavailable()
+{
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 77
+}
+
 # The bases that there are patches for.
 known_bases()
 {
@@ -170,6 +177,17 @@ link_tree()
     mkdir -p "$out/$tree-tree"
     ln -sfn "$tree-tree/src" "$out/$tree-src"
     ln -sfn "$tree-tree/${build##*/}" "$out/$1"
+}
+
+# configure_like BUILD OTHER WHAT: configures a build directory, unless it is, with the
+# options of another, of which ccache knows the most.
+configure_like()
+{
+    [ ! -f "$1/build.ninja" ] || return 0
+    mkdir -p "$1"
+    cd "$1"
+    logged "configure-$3" "configuring the $3" sh "$2/config.status"
+    cp -a "$2/qemu-bundle/." "$1/qemu-bundle/"
 }
 
 # set_compiler TREE: sets cc to the compiler, called through ccache where there is
