@@ -31,9 +31,10 @@ LOAD_SOURCE = os.path.join(ROOT, 'lab/guest/guest-load.c')
 _UNAVAILABLE = 77               # exit status of get-guest
 
 # In the order in which they can be loaded; a kernel may have some built in
-_MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev',
-            'virtio_pci_modern_dev', 'virtio_pci', 'virtio_balloon',
-            'rng-core', 'virtio-rng')
+VIRTIO_MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev',
+                  'virtio_pci_modern_dev', 'virtio_pci')
+DISK_MODULES = (*VIRTIO_MODULES, 'virtio_blk')
+_MODULES = (*VIRTIO_MODULES, 'virtio_balloon', 'rng-core', 'virtio-rng')
 
 # init_on_alloc would fill what the guest has freed with zeroes, as soon as it
 # is used again, and so hide that it was populated

@@ -6,8 +6,8 @@ import re
 import time
 from typing import Dict, Tuple
 
-from lab.guest.linux import (GUEST, LOAD_SOURCE, Console, compiled, initramfs,
-                             modules)
+from lab.guest.linux import (DISK_MODULES, GUEST, LOAD_SOURCE, Console, compiled,
+                             initramfs, modules)
 from lab.outcome import Wrong, expect
 
 BOOT_TIMEOUT = 240
@@ -15,10 +15,7 @@ CHECK_TIMEOUT = 60
 
 IO_LOAD_SOURCE = os.path.join(os.path.dirname(__file__), 'io-load.c')
 
-# In the order in which they can be loaded; a kernel may have some built in
-_MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev',
-            'virtio_pci_modern_dev', 'virtio_pci', 'virtio_blk', 'fuse',
-            'virtiofs', 'virtio_balloon')
+_MODULES = (*DISK_MODULES, 'fuse', 'virtiofs', 'virtio_balloon')
 
 _INIT = """#!/bin/sh
 mount -t proc proc /proc
