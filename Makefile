@@ -142,11 +142,11 @@ real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GU
 	@$(PYTHON) -m lab.guest $(REAL_GUEST_ARGS)
 
 .PHONY: check-stack
-check-stack: qemu ## Migrate with libvirt, virtiofsd and storage daemon in a Debian (minutes; STACK_ARGS=)
+check-stack: qemu ## Migrate with libvirt, virtiofsd and storage daemon in a Debian (minutes; RELEASE=12 STACK_ARGS=--quick)
 	@scripts/check-stack $(STACK_ARGS)
 
 .PHONY: check-kernels
-check-kernels: test-binaries ## Run the unit tests on the kernels of Debian 12, 13 and sid, in VMs (minutes)
+check-kernels: test-binaries ## Run unit tests and qtests on the kernels of Debian 12, 13 and sid, in VMs (an hour)
 	@scripts/check-kernels
 
 .PHONY: fuzz

@@ -6,7 +6,8 @@ qtest (this project's migration tests, on the patched and on the stock QEMU),
 qemu (QEMU's own migration-test on the patched QEMU), fuzz (damaged streams for
 the patched QEMU, for half a minute), random (a few random migrations), faults
 (migrations that fail, a fixed set), old-new (a few migrations between the patched
-and the stock QEMU, and their streams), scripts (this project's Python code),
+and the stock QEMU, and their streams), stack (a few migrations with libvirt and
+virtiofsd in a Debian, where one can be made), scripts (this project's Python code),
 style; "all" is all of these.
 
 "long" is what takes hours, in suites of its own: random-long (a thousand random
@@ -354,6 +355,13 @@ def old_new_long(report: Report) -> None:
     run_rig(suite, 'same-stream', report)
 
 
+def stack(report: Report) -> None:
+    """A few migrations with libvirt, virtiofsd and more, where a Debian can be made.
+    """
+    run_logged('stack', 'check-stack', report, ['scripts/check-stack', '--quick'],
+               tell=True)
+
+
 def scripts(report: Report) -> None:
     """The tests of this project's Python code."""
     for path in sorted(glob.glob(f'{ROOT}/lab/tests/test_*.py')):
@@ -364,7 +372,7 @@ def scripts(report: Report) -> None:
 
 SUITES = {'unit': unit, 'qtest': qtest, 'qemu': qemu, 'fuzz': fuzz,
           'random': random, 'faults': faults, 'old-new': old_new,
-          'scripts': scripts, 'style': style}
+          'stack': stack, 'scripts': scripts, 'style': style}
 
 LONG_SUITES = {'random-long': random_long, 'faults-long': faults_long,
                'old-new-long': old_new_long, 'guests-long': guests_long,

@@ -92,6 +92,23 @@ more_suites()
     esac
 }
 
+# fetch DIR PACKAGE...: downloads packages, verified by apt, and unpacks them in DIR,
+# instead of what was there; fails if they cannot be had.
+fetch()
+{
+    local dir=$1 download=$1.download file
+    shift
+
+    rm -rf "$dir" "$download"
+    mkdir -p "$download"
+    (cd "$download" && apt-get -c "$apt_conf" -q download "$@") \
+        >>"$logs/source.log" 2>&1 || return 1
+    for file in "$download"/*.deb; do
+        dpkg-deb -x "$file" "$dir"
+    done
+    rm -rf "$download"
+}
+
 # open_archive TYPE SUITE...: sets the private configuration up for these
 # suites and fetches their indices; dies if there is no Debian archive or no
 # network. TYPE is deb or deb-src. A suite that has gone is no failure.

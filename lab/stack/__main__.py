@@ -17,7 +17,7 @@ import sys
 from typing import Callable, List, Sequence, Tuple
 
 from lab import UserError
-from lab.base import BUILD
+from lab.base import BASE, BUILD
 from lab.guest.linux import GUEST, kernel
 from lab.measure.report import mib, rst_table
 from lab.memory import GIB, MIB, format_size
@@ -26,15 +26,15 @@ from lab.outcome import Wrong
 from lab.qemu import GuestError, import_qemu, pick_accelerator
 
 from . import virt
-from .direct import Chain, Hop
+from .direct import NAMES, Chain, Hop
 from .guest import make_initramfs
-from .hosts import PATCHED, STOCK, Host, command, share
-from .vm import DIRECTORY, DISK, INITRAMFS, KERNEL, Kind
+from .hosts import NEWEST, PATCHED, STOCK, Host, command, share
+from .vm import DIRECTORY, DISK, INITRAMFS, KERNEL, VIRTIOFSD, Kind
 
 DISK_SIZE = 64 * MIB
 
 # Modes for a guest with vhost-user devices, and where they lead; the last ones
-# go through Debian's QEMU, which fills up
+# go through Debian's QEMUs, which fill up
 VHOST_USER: Sequence[Tuple[str, str]] = (
     ('precopy', PATCHED), ('multifd', PATCHED), ('sparse-ram', PATCHED),
     ('sparse-ram-multifd', PATCHED),
@@ -47,25 +47,46 @@ PLAIN: Sequence[Tuple[str, str]] = (
     ('sparse-ram-preempt', PATCHED),
     ('postcopy', STOCK), ('postcopy', PATCHED))
 
+# From a guest that has booted with the newest QEMU: precopy and postcopy there and
+# back, if there is a way back
+FROM_NEWEST: Sequence[Tuple[str, str]] = (('precopy', PATCHED),)
+AND_BACK: Sequence[Tuple[str, str]] = (('postcopy', NEWEST), ('postcopy', PATCHED))
+
+# What --quick leaves of it
+QUICK_MODES = ('sparse-ram-multifd', 'precopy', 'sparse-ram-preempt')
+QUICK_ACTIONS = ('migrate, parallel', 'save', 'to stock', 'from stock')
+
+# QEMU 11.1 refuses the virtio devices of 10.0, the stock one's, too; see
+# docs/known-qemu-bugs.rst
+WAY_BACK = BASE != '10.0'
+
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog='check-stack',
                                      description=__doc__.split('\n\n', 1)[0])
     parser.add_argument('debian', help='where a Debian is')
-    parser.add_argument('--size', type=int, default=2, metavar='GIB',
-                        help='guest RAM (default: 2)')
+    parser.add_argument('--size', type=int, metavar='GIB',
+                        help='guest RAM (default: 2, or 1 if quick)')
     parser.add_argument('--accel', choices=('kvm', 'tcg'))
     parser.add_argument('--mode', action='append', dest='modes',
                         choices=sorted({name for name, _ in (*VHOST_USER, *PLAIN)}),
                         help='only this mode (can be repeated)')
-    parser.add_argument('--part', choices=('vhost-user', 'plain', 'libvirt'),
+    parser.add_argument('--part', choices=('vhost-user', 'plain', 'newest', 'libvirt'),
                         action='append', dest='parts',
                         help='only this part (can be repeated)')
     parser.add_argument('--action', action='append', dest='actions',
-                        choices=[*virt.ACTIONS[True], *virt.ACTIONS[False]],
+                        choices=[*virt.ACTIONS[True], *virt.ACTIONS[False],
+                                 *virt.STOCK_PEER, *virt.NEWEST_PEER],
                         help="only this one of libvirt's (can be repeated)")
-    return parser.parse_args()
+    parser.add_argument('--quick', action='store_true',
+                        help='a few of each (minutes)')
+    args = parser.parse_args()
+    args.size = args.size or (1 if args.quick else 2)
+    if args.quick:
+        args.modes = args.modes or QUICK_MODES
+        args.actions = args.actions or QUICK_ACTIONS
+    return args
 
 
 def prepare(directory: str) -> None:
@@ -87,14 +108,20 @@ def new_disk() -> None:
 
 
 def travel(name: str, hosts: Sequence[Host], kind: Kind,
-           hops: Sequence[Tuple[str, str]], done: List[Hop]) -> List[str]:
-    """One guest, all its hops; returns what is wrong."""
+           hops: Sequence[Tuple[str, str]], done: List[Hop],
+           first: str = PATCHED) -> List[str]:
+    """One guest, all its hops; returns what is wrong.
+
+    first: the QEMU that it boots with.
+    """
+    if not hops or not hosts[0].has(first):
+        return []
     new_disk()
     chain = Chain(hosts, kind, log_of(name))
     problems: List[str] = []
     where = 'booting'
     try:
-        seconds = chain.boot(PATCHED)
+        seconds = chain.boot(first)
         print(f'{name}: a guest of {format_size(kind.size)} '
               f'({kind.accelerator}) has booted in {seconds:.0f} seconds',
               flush=True)
@@ -117,17 +144,25 @@ def with_libvirt(args: argparse.Namespace, hosts: Sequence[Host],
     daemons = [virt.Daemon(host) for host in hosts]
     problems: List[str] = []
     for kind in kinds:
-        wanted = [name for name in virt.ACTIONS[kind.vhost_user]
-                  if not args.actions or name in args.actions]
-        for name, options in (('', ()), (', sparse-ram', (
-                '-global', 'migration.sparse-ram=on'))) if wanted else ():
+        every = virt.ACTIONS[kind.vhost_user]
+        for name, options, first, actions in (
+                ('', (), PATCHED, [*every, *virt.STOCK_PEER]),
+                (', sparse-ram', ('-global', 'migration.sparse-ram=on'), PATCHED,
+                 [] if args.quick else every),
+                ('', (), NEWEST, virt.NEWEST_PEER if WAY_BACK else
+                 list(virt.NEWEST_PEER)[:1])):
+            wanted = [action for action in actions
+                      if not args.actions or action in args.actions]
+            if not wanted or not hosts[0].has(first):
+                continue
             new_disk()
             command('chroot', hosts[0].root, 'qemu-img', 'create', '-q', '-f',
                     'qcow2', virt.QCOW2, str(DISK_SIZE))
             os.chmod(virt.QCOW2, 0o666)
             hops, wrong = virt.run(
                 daemons, kind, name, log_of(f'libvirt{name}-{kind.vhost_user}'),
-                options, wanted, lambda hop: print(f'  {row(hop)}', flush=True))
+                options, wanted, lambda hop: print(f'  {row(hop)}', flush=True),
+                first)
             done += hops
             problems += wrong
     return problems
@@ -152,18 +187,35 @@ def table(hops: Sequence[Hop]) -> str:
                      [row(hop) for hop in hops])
 
 
-def chosen(args: argparse.Namespace, hops: Sequence[Tuple[str, str]]
-           ) -> Sequence[Tuple[str, str]]:
-    """Those of the hops that are wanted."""
-    return [hop for hop in hops if not args.modes or hop[0] in args.modes]
+def chosen(args: argparse.Namespace, host: Host,
+           hops: Sequence[Tuple[str, str]]) -> Sequence[Tuple[str, str]]:
+    """Those of the hops that are wanted and can be had."""
+    return [hop for hop in hops if (not args.modes or hop[0] in args.modes)
+            and host.has(hop[1])]
+
+
+def introduce(host: Host) -> None:
+    """Say which QEMUs there are, and what is missing."""
+    for binary, name in NAMES.items():
+        print(f'{name}: QEMU {host.version(binary)}' if host.has(binary) else
+              f'skipped: there is no {name} QEMU', flush=True)
+    if not WAY_BACK:
+        print('skipped: migrations to the newest QEMU, which refuses the virtio '
+              f'devices of QEMU {BASE}', flush=True)
+    if not host.has(VIRTIOFSD):
+        print('skipped: virtiofs, because this Debian has no virtiofsd that can '
+              'migrate', flush=True)
 
 
 def run(args: argparse.Namespace, directory: str) -> int:
     """All of it; returns the exit status."""
     os.makedirs(f'{directory}/shared')
     prepare(f'{directory}/shared')
-    hosts = [Host(name, args.debian, directory) for name in ('one', 'two')]
     accelerator = args.accel or pick_accelerator()
+    hosts = [Host(name, args.debian, directory, accelerator == 'kvm')
+             for name in ('one', 'two')]
+    introduce(hosts[0])
+    machine = 'pc-q35-' + '.'.join(hosts[0].version(STOCK).split('.')[:2])
     done: List[Hop] = []
     problems: List[str] = []
 
@@ -172,12 +224,17 @@ def run(args: argparse.Namespace, directory: str) -> int:
             problems.extend(action())
 
     def kind(vhost_user: bool) -> Kind:
-        return Kind(args.size * GIB, accelerator, vhost_user)
+        return Kind(args.size * GIB, accelerator, machine, vhost_user,
+                    vhost_user and hosts[0].has(VIRTIOFSD))
 
     part('vhost-user', lambda: travel('vhost-user', hosts, kind(True),
-                                      chosen(args, VHOST_USER), done))
+                                      chosen(args, hosts[0], VHOST_USER),
+                                      done))
     part('plain', lambda: travel('plain', hosts, kind(False),
-                                 chosen(args, PLAIN), done))
+                                 chosen(args, hosts[0], PLAIN), done))
+    part('newest', lambda: travel(
+        'newest', hosts, kind(False), (*FROM_NEWEST, *(AND_BACK if WAY_BACK else ())),
+        done, NEWEST))
     part('libvirt', lambda: with_libvirt(
         args, hosts, [kind(True), kind(False)], done))
     if done:

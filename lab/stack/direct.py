@@ -12,7 +12,7 @@ from lab.migrate import clear_capabilities, watched
 from lab.modes import MODES
 
 from .guest import IoConsole, check, wait_for_boot
-from .hosts import PATCHED, STOCK, Host
+from .hosts import NEWEST, PATCHED, STOCK, Host
 from .vm import Kind, Vm
 
 HOP_TIMEOUT = 240
@@ -20,7 +20,7 @@ HOP_TIMEOUT = 240
 # What a side may have more than the source had: the guest runs on meanwhile
 MARGIN = 128 * MIB
 
-NAMES = {PATCHED: 'patched', STOCK: 'stock'}
+NAMES = {PATCHED: 'patched', STOCK: 'stock', NEWEST: 'newest'}
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Hop:
 def complaints(hop: Hop, guest_size: int) -> List[str]:
     """What is wrong with the memory of the patched side."""
     problems = []
-    if hop.source != 'stock' and hop.after > hop.before + MARGIN:
+    if hop.source == 'patched' and hop.after > hop.before + MARGIN:
         problems.append('the source has filled up')
     # A source that is full already says nothing about what is needed
     bound = min(hop.before + MARGIN, guest_size // 2)
-    if hop.destination != 'stock' and hop.there > bound:
+    if hop.destination == 'patched' and hop.there > bound:
         problems.append('the destination has filled up')
     return problems
 

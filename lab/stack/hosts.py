@@ -5,6 +5,7 @@ They share the network, which has nothing but loopback, and the directory SHARED
 """
 
 import os
+import re
 import shutil
 import subprocess
 from typing import List, Sequence
@@ -20,6 +21,10 @@ PREFIX = '/opt/sparse-ram'
 
 PATCHED = f'{PREFIX}/bin/qemu-system-x86_64'
 STOCK = '/usr/bin/qemu-system-x86_64'
+# scripts/get-newest-qemu has unpacked it there
+NEWEST = '/opt/newest/usr/bin/qemu-system-x86_64'
+
+_DEVICES = ('null', 'zero', 'full', 'random', 'urandom', 'tty', 'userfaultfd')
 
 
 def command(*words: str) -> str:
@@ -40,8 +45,8 @@ def share(directory: str) -> None:
 class Host:
     """A Debian that can be written to: an overlay over the one in build/."""
 
-    def __init__(self, name: str, debian: str, directory: str) -> None:
-        """directory: for what is written, and for the root"""
+    def __init__(self, name: str, debian: str, directory: str, kvm: bool) -> None:
+        """directory: for what is written, and for the root; kvm: whether it has it"""
         self.name = name
         self.root = os.path.join(directory, name, 'root')
         self._processes: List['subprocess.Popen[bytes]'] = []
@@ -53,6 +58,7 @@ class Host:
         command('mount', '-t', 'overlay', '-o', f'lowerdir={debian},'
                 f'upperdir={base}/upper,workdir={base}/work', name, self.root)
         self._mount()
+        self._make_devices(kvm)
         self._add_libraries()
 
     def path(self, path: str) -> str:
@@ -64,24 +70,34 @@ class Host:
         command('mount', '-t', 'proc', 'proc', f'{root}/proc')
         # Not what is mounted below it: cgroups are the machine's
         command('mount', '--bind', '/sys', f'{root}/sys')
-        command('mount', '--rbind', '/dev', f'{root}/dev')
         command('mount', '-t', 'tmpfs', 'run', f'{root}/run')
         command('mount', '--bind', SHARED, f'{root}{SHARED}')
         os.makedirs(f'{root}{PREFIX}', exist_ok=True)
         command('mount', '--bind', f'{BUILD}/stack{PREFIX}', f'{root}{PREFIX}')
         os.makedirs(f'{root}/run/stack', mode=0o755)
-        self._let_users_have_userfaultfd()
+        # libvirtd waits for its name to be resolved, for 20 seconds a time
+        with open(f'{root}/etc/hosts', 'w', encoding='ascii') as file:
+            file.write(f'127.0.0.1 localhost\n127.0.1.1 {self.name}\n')
 
-    def _let_users_have_userfaultfd(self) -> None:
-        """As hosts do where libvirt's user shall use postcopy; the machine's own
-        device stays as it is.
+    def _make_devices(self, kvm: bool) -> None:
+        """A /dev of its own; libvirt's user may have userfaultfd, as postcopy needs.
+
+        A /dev/kvm that is there and is not to be used makes libvirtd ask each QEMU
+        again and again what it can do, a minute each time.
         """
-        device = '/dev/userfaultfd'
-        if os.path.exists(device):
-            node = f'{os.path.dirname(self.root)}/userfaultfd'
-            os.mknod(node, 0o020666, os.stat(device).st_rdev)
-            os.chmod(node, 0o666)
-            command('mount', '--bind', node, f'{self.root}{device}')
+        dev = self.path('/dev')
+        command('mount', '-t', 'tmpfs', '-o', 'mode=755', 'dev', dev)
+        for name in (*_DEVICES, *(('kvm',) if kvm else ())):
+            if os.path.exists(f'/dev/{name}'):
+                os.mknod(f'{dev}/{name}', 0o020666, os.stat(f'/dev/{name}').st_rdev)
+                os.chmod(f'{dev}/{name}', 0o666)
+        for name in 'pts', 'shm':
+            os.mkdir(f'{dev}/{name}')
+        os.chmod(f'{dev}/shm', 0o1777)
+        command('mount', '-t', 'devpts', '-o', 'newinstance,ptmxmode=0666', 'devpts',
+                f'{dev}/pts')
+        os.symlink('pts/ptmx', f'{dev}/ptmx')
+        os.symlink('/proc/self/fd', f'{dev}/fd')
 
     def _add_libraries(self) -> None:
         """Libraries that the patched QEMU was linked with and Debian calls
@@ -93,9 +109,6 @@ class Host:
             if rest.startswith('/') and f'\t{name} ' not in there:
                 shutil.copy(rest.split()[0], f'{self.root}/usr/local/lib/{name}')
         command('chroot', self.root, 'ldconfig')
-        version = command('chroot', self.root, PATCHED, '--version')
-        if 'QEMU emulator version' not in version:
-            raise Wrong(f'the patched QEMU does not run there: {version}')
 
     def log(self, name: str) -> str:
         """Where a program's output goes."""
@@ -110,6 +123,14 @@ class Host:
         self._processes.append(process)
         return process
 
-    def run(self, *words: str) -> str:
-        """Run a program to its end."""
-        return command('chroot', self.root, *words)
+    def has(self, program: str) -> bool:
+        """Whether it is there."""
+        return os.path.exists(self.path(program))
+
+    def version(self, binary: str) -> str:
+        """A QEMU's."""
+        said = command('chroot', self.root, binary, '--version')
+        match = re.search(r'QEMU emulator version (\S+)', said)
+        if not match:
+            raise Wrong(f'{binary} does not run there: {said}')
+        return match[1]

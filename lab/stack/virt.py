@@ -9,12 +9,12 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 from lab.guest.linux import COMMAND_LINE
 from lab.measure.report import mib
-from lab.outcome import Wrong
+from lab.outcome import Unavailable, Wrong
 from lab.ram import Ram
 
 from .direct import NAMES, Hop, complaints
 from .guest import IoConsole, check, wait_for_boot
-from .hosts import PATCHED, SHARED, Host
+from .hosts import NEWEST, PATCHED, SHARED, STOCK, Host
 from .vm import DIRECTORY, INITRAMFS, KERNEL, Kind, serve_disk
 
 TIMEOUT = 240
@@ -64,12 +64,15 @@ _XML = """
 </domain>
 """
 
-_VHOST_USER = f"""
+_VHOST_USER = """
     <disk type='vhostuser' device='disk'>
       <driver name='qemu' type='raw'/>
       <source type='unix' path='/run/stack/disk'/>
       <target dev='vda' bus='virtio'/>
     </disk>
+"""
+
+_VIRTIOFS = f"""
     <filesystem type='mount'>
       <driver type='virtiofs'/>
       <source dir='{DIRECTORY}'/>
@@ -131,8 +134,8 @@ class Daemon:
             raise Wrong(f'virsh {words[0]} has not ended within {TIMEOUT} '
                         'seconds') from err
         if result.returncode:
-            raise Wrong(f'virsh {" ".join(words[:3])}: '
-                        f'{result.stdout.strip()}')
+            kind = Unavailable if 'support option' in result.stdout else Wrong
+            raise kind(f'virsh {" ".join(words[:3])}: {result.stdout.strip()}')
         return result.stdout
 
     def pid(self) -> int:
@@ -179,7 +182,8 @@ class Domain:
             size=kind.size, machine=kind.machine, kernel=KERNEL,
             initramfs=INITRAMFS, command_line=COMMAND_LINE,
             emulator=self.emulator,
-            devices=_VHOST_USER if kind.vhost_user else _PLAIN,
+            devices=(_VHOST_USER if kind.vhost_user else _PLAIN)
+            + (_VIRTIOFS if kind.virtiofs else ''),
             globals=''.join(f"<qemu:arg value='{each}'/>"
                             for each in self._options))
         with open(self._file, 'w', encoding='utf-8') as file:
@@ -196,6 +200,15 @@ class Domain:
         self.here.virsh('start', NAME)
         self.attach()
         wait_for_boot(self._console, self._kind.targets)
+
+    def move(self, emulator: str, *options: str) -> None:
+        """To the other host, and another QEMU."""
+        text = self.here.virsh('dumpxml', '--migratable', NAME).replace(
+            f'<emulator>{self.emulator}<', f'<emulator>{emulator}<')
+        with open(self._file, 'w', encoding='utf-8') as file:
+            file.write(text)
+        self.migrate('--xml', self._file, '--persistent-xml', self._file, *options)
+        self.emulator = emulator
 
     def migrate(self, *options: str, by_daemon: bool = False) -> None:
         """To the other host; by_daemon: by libvirtd and not by virsh."""
@@ -246,6 +259,7 @@ class Domain:
 
     def act(self, name: str, action: Callable[[], None]) -> Hop:
         """Do something that keeps the guest alive; what came of it."""
+        emulator = NAMES[self.emulator]
         # An open file can be asked after its QEMU has ended
         with self._ram().opened() as source:
             before = _allocated(source)
@@ -256,9 +270,8 @@ class Domain:
         with self._ram().opened() as destination:
             there = _allocated(destination)
         said = check(self._console, self._kind.targets)
-        emulator = NAMES[self.emulator]
-        hop = Hop(f'libvirt: {name}', emulator, emulator, seconds, before,
-                  after, there, said)
+        hop = Hop(f'libvirt: {name}', emulator, NAMES[self.emulator], seconds,
+                  before, after, there, said)
         return hop.judged(complaints(hop, self._kind.size))
 
     def end(self) -> None:
@@ -277,6 +290,17 @@ class Domain:
             server.kill()
             server.wait()
 
+
+# To other QEMUs, for what has no options that only the patched one knows; the
+# second is for a guest that has booted with the newest one
+STOCK_PEER: Dict[str, Callable[[Domain], None]] = {
+    'to stock': lambda domain: domain.move(STOCK),
+    'from stock': lambda domain: domain.move(PATCHED),
+}
+NEWEST_PEER: Dict[str, Callable[[Domain], None]] = {
+    'from newest': lambda domain: domain.move(PATCHED),
+    'to newest': lambda domain: domain.move(NEWEST),
+}
 
 # All that is done with a guest: one with vhost-user devices, or one without
 ACTIONS: Dict[bool, Dict[str, Callable[[Domain], None]]] = {
@@ -303,18 +327,27 @@ ACTIONS: Dict[bool, Dict[str, Callable[[Domain], None]]] = {
 
 
 def run(daemons: Sequence[Daemon], kind: Kind, name: str, log: str,
-        options: Sequence[str], wanted: Sequence[str],
-        tell: Callable[[Hop], None]) -> Tuple[List[Hop], List[str]]:
-    """All of it, with one guest; returns what came of it, and what is wrong."""
+        options: Sequence[str], wanted: Sequence[str], tell: Callable[[Hop], None],
+        first: str = PATCHED) -> Tuple[List[Hop], List[str]]:
+    """All of it, with one guest; returns what came of it, and what is wrong.
+
+    first: the QEMU that it boots with.
+    """
     done: List[Hop] = []
     problems: List[str] = []
     domain = Domain(daemons, kind, log, options)
+    domain.emulator = first
+    actions = {**ACTIONS[kind.vhost_user], **STOCK_PEER, **NEWEST_PEER}
     where = 'booting'
     try:
         domain.boot()
         for where in wanted:
-            action = ACTIONS[kind.vhost_user][where]
-            hop = domain.act(f'{where}{name}', lambda: action(domain))
+            action = actions[where]
+            try:
+                hop = domain.act(f'{where}{name}', lambda: action(domain))
+            except Unavailable as err:
+                print(f'  skipped, {where}: {err}', flush=True)
+                continue
             tell(hop)
             done.append(hop)
             problems += [f'{hop.mode}: {each} ({mib(hop.after)} and '
