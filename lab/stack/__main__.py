@@ -47,18 +47,13 @@ PLAIN: Sequence[Tuple[str, str]] = (
     ('sparse-ram-preempt', PATCHED),
     ('postcopy', STOCK), ('postcopy', PATCHED))
 
-# From a guest that has booted with the newest QEMU: precopy and postcopy there and
-# back, if there is a way back
-FROM_NEWEST: Sequence[Tuple[str, str]] = (('precopy', PATCHED),)
-AND_BACK: Sequence[Tuple[str, str]] = (('postcopy', NEWEST), ('postcopy', PATCHED))
+# From a guest that has booted with the newest QEMU
+FROM_NEWEST: Sequence[Tuple[str, str]] = (
+    ('precopy', PATCHED), ('postcopy', NEWEST), ('postcopy', PATCHED))
 
 # What --quick leaves of it
 QUICK_MODES = ('sparse-ram-multifd', 'precopy', 'sparse-ram-preempt')
 QUICK_ACTIONS = ('migrate, parallel', 'save', 'to stock', 'from stock')
-
-# QEMU 11.1 refuses the virtio devices of 10.0, the stock one's, too; see
-# docs/known-qemu-bugs.rst
-WAY_BACK = BASE != '10.0'
 
 
 def parse_args() -> argparse.Namespace:
@@ -138,6 +133,14 @@ def travel(name: str, hosts: Sequence[Host], kind: Kind,
     return problems
 
 
+def way_back(host: Host) -> bool:
+    """Whether the newest QEMU takes guests of the patched one: 11.1 refuses the
+    virtio devices of 10.0, the stock one's, too; see docs/known-qemu-bugs.rst.
+    """
+    return host.has(NEWEST) and (
+        BASE != '10.0' or int(host.version(NEWEST).split('.')[0]) < 11)
+
+
 def with_libvirt(args: argparse.Namespace, hosts: Sequence[Host],
                  kinds: Sequence[Kind], done: List[Hop]) -> List[str]:
     """All that libvirt does; returns what is wrong."""
@@ -149,10 +152,10 @@ def with_libvirt(args: argparse.Namespace, hosts: Sequence[Host],
                 ('', (), PATCHED, [*every, *virt.STOCK_PEER]),
                 (', sparse-ram', ('-global', 'migration.sparse-ram=on'), PATCHED,
                  [] if args.quick else every),
-                ('', (), NEWEST, virt.NEWEST_PEER if WAY_BACK else
-                 list(virt.NEWEST_PEER)[:1])):
+                ('', (), NEWEST, virt.NEWEST_PEER)):
             wanted = [action for action in actions
-                      if not args.actions or action in args.actions]
+                      if (not args.actions or action in args.actions)
+                      and (action != 'to newest' or way_back(hosts[0]))]
             if not wanted or not hosts[0].has(first):
                 continue
             new_disk()
@@ -199,7 +202,7 @@ def introduce(host: Host) -> None:
     for binary, name in NAMES.items():
         print(f'{name}: QEMU {host.version(binary)}' if host.has(binary) else
               f'skipped: there is no {name} QEMU', flush=True)
-    if not WAY_BACK:
+    if host.has(NEWEST) and not way_back(host):
         print('skipped: migrations to the newest QEMU, which refuses the virtio '
               f'devices of QEMU {BASE}', flush=True)
     if not host.has(VIRTIOFSD):
@@ -233,8 +236,8 @@ def run(args: argparse.Namespace, directory: str) -> int:
     part('plain', lambda: travel('plain', hosts, kind(False),
                                  chosen(args, hosts[0], PLAIN), done))
     part('newest', lambda: travel(
-        'newest', hosts, kind(False), (*FROM_NEWEST, *(AND_BACK if WAY_BACK else ())),
-        done, NEWEST))
+        'newest', hosts, kind(False),
+        FROM_NEWEST if way_back(hosts[0]) else FROM_NEWEST[:1], done, NEWEST))
     part('libvirt', lambda: with_libvirt(
         args, hosts, [kind(True), kind(False)], done))
     if done:
