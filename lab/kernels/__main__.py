@@ -48,8 +48,8 @@ SWAPPING = tuple(f'{OWN_TESTS}{name}' for name in (
 # What a q35 loads without being asked
 FIRMWARE = ('bios-256k.bin', 'kvmvapic.bin', 'vgabios-stdvga.bin', 'efi-e1000e.rom')
 
-# Seconds: a VM with TCG is slow
-TIMEOUT = 2400
+# Seconds: a VM with TCG is slow, more so on a busy machine
+TIMEOUT = 5400
 SWAP_SIZE = 1 * GIB
 
 _INIT = """#!/bin/sh

@@ -10,7 +10,7 @@ from lab.guest.linux import (DISK_MODULES, GUEST, LOAD_SOURCE, Console, compiled
                              initramfs, modules)
 from lab.outcome import Wrong, expect
 
-BOOT_TIMEOUT = 240
+BOOT_TIMEOUT = 600
 CHECK_TIMEOUT = 60
 
 IO_LOAD_SOURCE = os.path.join(os.path.dirname(__file__), 'io-load.c')

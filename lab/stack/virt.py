@@ -17,7 +17,7 @@ from .guest import IoConsole, check, wait_for_boot
 from .hosts import NEWEST, PATCHED, SHARED, STOCK, Host
 from .vm import DIRECTORY, INITRAMFS, KERNEL, Kind, serve_disk
 
-TIMEOUT = 240
+TIMEOUT = 600
 NAME = 'guest'
 QCOW2 = f'{SHARED}/disk.qcow2'
 SAVED = f'{SHARED}/saved'
