@@ -401,14 +401,6 @@ static void zero_data(RAMBlock *rb, ram_addr_t offset, uint64_t length)
     }
 }
 
-/* A vhost-user backend has page faults of its own, that QEMU has to answer */
-static bool faults_are_shared(void)
-{
-    const MigrationIncomingState *mis = migration_incoming_get_current();
-
-    return mis->postcopy_remote_fds && mis->postcopy_remote_fds->len;
-}
-
 bool ram_block_may_leave_holes(const RAMBlock *rb)
 {
     if (!migrate_postcopy_ram()) {
@@ -416,13 +408,12 @@ bool ram_block_may_leave_holes(const RAMBlock *rb)
     }
     /*
      * Until postcopy ends, an access to a hole waits until somebody places the
-     * page, and nobody does if the holes are not known.  Backends ask for pages
-     * even after the thread that answers them has ended.  And postcopy has
+     * page, and nobody does if the holes are not known.  And postcopy has
      * punched all memory, even what the user asked to be there.  RDMA does not
      * mark what it has received, so the source would be asked for it, in vain.
      */
     return ram_block_holes_known(rb) && !rb->holes->keep_populated &&
-           !faults_are_shared() && !migrate_rdma();
+           !migrate_rdma();
 }
 
 void ram_handle_zero(RAMBlock *rb, ram_addr_t offset, uint64_t length)
