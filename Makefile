@@ -21,7 +21,8 @@ export BASE
 
 # What "make help" leaves out, besides all that is in brackets.
 rare = deps source install check-build check-qemu check-old-new check-sanitize faults check-mutations \
-       check-guests real-guest fuzz fuzz-ram random plot port reference check-series dsc distclean
+       check-guests real-guest check-disk fuzz fuzz-ram random plot port reference check-series dsc \
+       distclean
 short = if (index(rare, " " $$1 " ")) next; sub(/ [(].*|: .*,.*/, "", $$2);
 
 # $(call targets,ACTION): what there is; ACTION of awk: on the name $$1, the text $$2
@@ -140,6 +141,10 @@ check-guests: test-binaries ## Stress all modes with guests that write, TCG and 
 .PHONY: real-guest
 real-guest: qemu stock ## Migrate Linux back and forth, 64 GiB (minutes; REAL_GUEST_ARGS=--rounds 5)
 	@$(PYTHON) -m lab.guest $(REAL_GUEST_ARGS)
+
+.PHONY: check-disk
+check-disk: qemu ## Migrate Linux with a vhost-user disk by postcopy (minutes; DISK_ARGS=--mode preempt)
+	@$(PYTHON) -m lab.guest.disk $(DISK_ARGS)
 
 .PHONY: check-stack
 check-stack: qemu ## Migrate with libvirt, virtiofsd and storage daemon in a Debian (minutes; RELEASE=12 STACK_ARGS=--quick)

@@ -192,17 +192,22 @@ def _make_initramfs(path: str, load: Load) -> None:
                              tools=('insmod',)))
 
 
+def fetch() -> None:
+    """Fetch kernel and busybox.  Raises Unavailable, or UserError."""
+    result = subprocess.run([GET_GUEST], stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode == _UNAVAILABLE:
+        raise Unavailable(result.stderr.strip().rpartition('\n')[2])
+    if result.returncode:
+        raise UserError(result.stderr.strip())
+
+
 def prepare(load: Load, directory: str) -> List[str]:
     """Make the guest; returns QEMU's options for it.
 
     directory: for the initramfs, as long as QEMUs are started.
     Raises Unavailable, or UserError.
     """
-    result = subprocess.run([GET_GUEST], stderr=subprocess.PIPE, text=True, check=False)
-    if result.returncode == _UNAVAILABLE:
-        raise Unavailable(result.stderr.strip().rpartition('\n')[2])
-    if result.returncode:
-        raise UserError(result.stderr.strip())
+    fetch()
     initramfs = os.path.join(directory, 'initramfs')
     _make_initramfs(initramfs, load)
     return ['-kernel', kernel(GUEST), '-initrd', initramfs, '-append', COMMAND_LINE]
