@@ -951,13 +951,18 @@ static void assert_all_placed(TestBlock *block)
     g_assert_cmpint(machine.placed, ==, 33);
 }
 
+static void punch_all(TestBlock *block)
+{
+    g_assert_no_errno(fallocate(block->rb.fd,
+                                FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                0, RAM_SIZE));
+}
+
 /* In precopy as well: the holes would still be there */
 static void assert_not_left_alone(TestBlock *block)
 {
     g_assert_cmpint(zero_half(block), ==, 12);
-    g_assert_no_errno(fallocate(block->rb.fd,
-                                FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                0, RAM_SIZE));
+    punch_all(block);
     assert_all_placed(block);
 }
 
@@ -966,7 +971,7 @@ static void test_postcopy_shared_faults(TestBlock *block)
 {
     g_array_set_size(incoming.postcopy_remote_fds, 1);
     g_assert_cmpint(zero_half(block), ==, 4);
-    ram_block_discard_all(block);
+    punch_all(block);
     zero_pages_postcopy(block, 8, 40);
     assert_received(block, 8, 40);
     g_assert_cmpint(machine.placed, ==, 0);
