@@ -129,6 +129,23 @@ class Series(unittest.TestCase):
         self.assertEqual(subjects, [subject_of(mail) for mail in self.mails
                                     if '-backport-' not in mail])
 
+    @unittest.skipUnless(os.path.exists('/usr/lib/git-core/git-send-email'),
+                         'git-email is not installed')
+    def test_send_email(self) -> None:
+        """A topic is one thread, to the list and who has to do with a patch."""
+        run('scripts/format-series', 'fixes')
+        log = run('git', 'send-email', '--dry-run', '--confirm=never', '--from', MAIL,
+                  '--to', 'qemu-devel@nongnu.org', f'{ROOT}/build/series/fixes').stdout
+        first, *others = log.split('\nResult: OK\n')[:-1]
+        patches = glob.glob(f'{ROOT}/build/series/fixes/v1-*.patch')
+        self.assertEqual(len(others), len(patches) - 1, log)
+        identity = re.search('^Message-Id: (.*)$', first, re.MULTILINE)
+        assert identity
+        for mail in others:
+            self.assertIn(f'\nIn-Reply-To: {identity[1]}\n', mail)
+        self.assertLessEqual(set(re.findall('RCPT TO:<(.*)>', log)),
+                             {'qemu-devel@nongnu.org', 'qemu-stable@nongnu.org', MAIL})
+
     def test_unknown_topic(self) -> None:
         """One sentence says which there are."""
         result = run('scripts/format-series', 'none', check=False)
