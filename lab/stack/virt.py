@@ -27,6 +27,8 @@ _QEMU_CONF = """
 security_driver = "none"
 cgroup_controllers = []
 stdio_handler = "file"
+# There may be a limit already, which must not be raised
+max_core = 0
 """
 
 _LIBVIRTD_CONF = """
