@@ -19,12 +19,12 @@ typedef struct Bench {
     void (*run)(int fd, void *mapping, const SparseRange *range);
 } Bench;
 
-static void populate(void *mapping, const Bench *bench, uint64_t length)
+static void populate(uint8_t *mapping, const Bench *bench, uint64_t length)
 {
     uint64_t step = bench->populated * qemu_real_host_page_size();
 
     for (uint64_t offset = 0; step && offset < length; offset += step) {
-        *(volatile uint8_t *)(mapping + offset) = 1;
+        mapping[offset] = 1;
     }
 }
 
@@ -75,7 +75,7 @@ static void test(const void *opaque)
 {
     const Bench *bench = opaque;
     size_t page_size = qemu_real_host_page_size();
-    int fd = qemu_memfd_create("sparse-file-bench", FILE_SIZE, false, 0, 0, NULL);
+    int fd = qemu_memfd_create("bench", FILE_SIZE, false, 0, 0, NULL);
     void *mapping;
 
     if (fd < 0) {
@@ -86,7 +86,7 @@ static void test(const void *opaque)
     g_assert(mapping != MAP_FAILED);
     for (uint64_t length = page_size; length <= FILE_SIZE; length *= 128) {
         SparseRange range = { 0, length };
-        double total = 0.0;
+        double total = 0.0, us;
         uint64_t runs = 0;
 
         do {
@@ -97,8 +97,9 @@ static void test(const void *opaque)
             total += g_test_timer_elapsed();
             runs++;
         } while (total < 0.2 && runs < 100000);
-        g_test_message("%6zu pages %11.2f us %9.4f us/page", length / page_size,
-                       total / runs * 1e6, total / runs * 1e6 * page_size / length);
+        us = total / runs * 1e6;
+        g_test_message("%6" PRIu64 " pages %11.2f us %9.4f us/page",
+                       length / page_size, us, us * page_size / length);
     }
     munmap(mapping, FILE_SIZE);
     close(fd);
@@ -108,7 +109,8 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     for (int i = 0; i < ARRAY_SIZE(benches); i++) {
-        g_autofree char *path = g_strdup_printf("/sparse-file/%s", benches[i].name);
+        g_autofree char *path = g_strdup_printf("/sparse-file/%s",
+                                                benches[i].name);
 
         g_test_add_data_func(path, &benches[i], test);
     }
