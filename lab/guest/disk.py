@@ -28,8 +28,7 @@ from typing import Dict, List, Sequence, Tuple
 
 from lab.base import BUILD
 from lab.cli import memory_floor, run_main, say
-from lab.guest.linux import (COMMAND_LINE, GUEST, LOAD_SOURCE, compiled, fetch,
-                             initramfs, kernel, modules)
+from lab.guest.linux import COMMAND_LINE, DISK_MODULES, GUEST, fetch, kernel
 from lab.measure.operation import Migrate, Session, Times
 from lab.measure.report import mib, rst_table
 from lab.memory import MIB
@@ -37,7 +36,7 @@ from lab.migrate import MigrationFailed, clear_capabilities, listen, watched
 from lab.modes import MODES
 from lab.outcome import Unavailable, Wrong, expect
 from lab.qemu import Guest, GuestError, import_qemu, pick_accelerator
-from lab.stack.guest import IO_LOAD_SOURCE, IoConsole, check, wait_for_boot
+from lab.stack.guest import IoConsole, check, make_initramfs, wait_for_boot
 
 SKIPPED = 77
 
@@ -48,10 +47,6 @@ DISK_SIZE = 64 * MIB
 
 # What is read while the guest moves
 FILE_SIZE = 256 * MIB
-
-_MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev',
-            'virtio_pci_modern_dev', 'virtio_pci', 'virtio_blk',
-            'virtio_balloon')
 
 # A line on the console has the file read
 _INIT = """#!/bin/sh
@@ -253,20 +248,10 @@ def hop(number: int, name: str, source: Vm, destination: Vm,
             mib(there), said]
 
 
-def make_initramfs(path: str) -> None:
-    """Write it."""
-    drivers = modules(f'{GUEST}/kernel', _MODULES)
-    with open(path, 'wb') as file:
-        file.write(initramfs(
-            GUEST, _INIT.format(modules=' '.join(drivers)),
-            {'io-load': compiled(IO_LOAD_SOURCE, f'{GUEST}/io-load'),
-             'guest-load': compiled(LOAD_SOURCE, f'{GUEST}/guest-load'),
-             **drivers}, (), ('insmod', 'md5sum')))
-
-
 def run(args: argparse.Namespace, directory: str) -> List[Sequence[str]]:
     """All hops; returns the rows of the table."""
-    make_initramfs(f'{directory}/initramfs')
+    make_initramfs(f'{directory}/initramfs', _INIT, (*DISK_MODULES, 'virtio_balloon'),
+                   (), ('insmod', 'md5sum'))
     with open(f'{directory}/disk', 'wb') as file:
         file.truncate(DISK_SIZE)
     want = hashlib.md5()

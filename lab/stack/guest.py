@@ -4,7 +4,7 @@
 import os
 import re
 import time
-from typing import Dict, Tuple
+from typing import Dict, Sequence, Tuple
 
 from lab.guest.linux import (DISK_MODULES, GUEST, LOAD_SOURCE, Console, compiled,
                              initramfs, modules)
@@ -55,15 +55,22 @@ class IoConsole(Console):
         return name, int(checked)
 
 
-def make_initramfs(path: str) -> None:
-    """Write it."""
-    drivers = modules(f'{GUEST}/kernel', _MODULES)
+def make_initramfs(path: str, init: str = _INIT, names: Sequence[str] = _MODULES,
+                   directories: Sequence[str] = ('share',),
+                   tools: Sequence[str] = ('insmod',)) -> None:
+    """Write an initramfs with the loads for memory and files.
+
+    init: the script, in which {modules} stands for what has to be loaded.
+    names: modules of the kernel.
+    directories: to make; tools: of busybox.
+    """
+    drivers = modules(f'{GUEST}/kernel', names)
     with open(path, 'wb') as file:
         file.write(initramfs(
-            GUEST, _INIT.format(modules=' '.join(drivers)),
+            GUEST, init.format(modules=' '.join(drivers)),
             {'io-load': compiled(IO_LOAD_SOURCE, f'{GUEST}/io-load'),
              'guest-load': compiled(LOAD_SOURCE, f'{GUEST}/guest-load'),
-             **drivers}, ('share',), ('insmod',)))
+             **drivers}, directories, tools))
 
 
 def wait_for_boot(console: IoConsole, targets: int) -> float:
